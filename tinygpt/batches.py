@@ -1,0 +1,96 @@
+"""Which tokens make a batch. The sequences of optimizer step s are a pure function of (seed, s): not of workers,
+devices, micro-batches or restarts. Validation reads every token of a split once.
+
+An epoch cuts the text into windows of block_size at an offset of its own and visits each once, in an order of its own.
+The order is a keyed permutation that is computed for just the windows asked for, so it costs no memory and any step can
+be the first.
+"""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORED = -1  # a target that no token fills: the padding of the last validation window
+
+Integers = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+
+class TokenSource(Protocol):
+    """A split's tokens; `shards.Tokens` is one."""
+
+    def __len__(self) -> int: ...
+
+    def windows(self, starts: Integers, length: int) -> Integers:
+        """(len(starts), length) tokens, one row from each start."""
+
+
+def mix(x: Words) -> Words:
+    """A hash of 64 bits to 64 bits (SplitMix64: Steele et al. 2014, doi:10.1145/2660193.2660195)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index: Words, n: int, key: Words) -> Words:
+    """Where each index in [0, n) goes under the permutation that its key names.
+
+    A four-round Feistel network on the smallest even number of bits that holds n (Luby & Rackoff 1988), applied until
+    the result falls below n (cycle walking), which keeps it a permutation of [0, n).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    x, todo = index.copy(), np.ones(len(index), dtype=bool)
+    while todo.any():
+        left, right = x[todo] >> half, x[todo] & low
+        for turn in range(4):
+            left, right = right, left ^ (mix(right ^ mix(key[todo] + np.uint64(turn))) & low)
+        x[todo] = (left << half) | right
+        todo = x >= np.uint64(n)
+    return x
+
+
+class BatchOrder:
+    """The start of every sequence of every optimizer step."""
+
+    def __init__(self, n_tokens: int, block_size: int, batch_size: int, seed: int) -> None:
+        """Raises ValueError where the text holds no window of block_size tokens and the one that follows."""
+        if n_tokens < block_size + 1:
+            raise ValueError(f"{n_tokens} tokens hold no window of {block_size} and a target")
+        self.block_size, self.batch_size = block_size, batch_size
+        self.windows_per_epoch = max(1, (n_tokens - block_size) // block_size)
+        spare = n_tokens - 1 - self.windows_per_epoch * block_size
+        self.offsets = np.uint64(min(block_size, spare + 1))
+        self.key = mix(np.array([seed], dtype=np.uint64))
+
+    def starts(self, step: int) -> Integers:
+        """First token of each of the batch_size windows of step `step`; a window is followed by its last target."""
+        drawn = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.uint64)
+        epoch, index = np.divmod(drawn, np.uint64(self.windows_per_epoch))
+        key = mix(self.key ^ mix(epoch))
+        window = permute(index, self.windows_per_epoch, key)
+        return (key % self.offsets + window * np.uint64(self.block_size)).astype(np.int64)
+
+
+def validation_windows(tokens: TokenSource, block_size: int, limit: int | None = None) -> int:
+    """How many windows cover the split (or its first `limit` tokens): each token but the first is a target once."""
+    return -(-(validation_length(tokens, limit) - 1) // block_size)
+
+
+def validation_length(tokens: TokenSource, limit: int | None) -> int:
+    return min(len(tokens), limit or len(tokens))
+
+
+def validation_batch(
+    tokens: TokenSource, block_size: int, first: int, last: int, limit: int | None = None
+) -> Integers:
+    """(last - first, block_size + 1): the windows [first, last) with their targets; what is past the end is IGNORED."""
+    n = validation_length(tokens, limit)
+    batch = np.full((last - first, block_size + 1), IGNORED, dtype=np.int64)
+    for row, window in enumerate(range(first, last)):
+        start = window * block_size
+        length = min(block_size + 1, n - start)
+        batch[row, :length] = tokens.windows(np.array([start]), length)[0]
+    return batch

@@ -1,0 +1,257 @@
+"""Every setting that tinygpt owns, as dataclasses: one documented default per field, standard library only.
+
+A value that no run could use is refused here, when the config is built, with the name of the key in the message. What
+depends on two settings is checked in `__post_init__`. Arguments of `L.Trainer`, of callbacks and of loggers are theirs:
+they stay plain dictionaries.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+BUDGETS = ("max_steps", "max_tokens", "max_epochs")
+
+
+class UserError(ValueError):
+    """Something that the user can put right: the scripts print `error: MESSAGE`, then the hint, and exit with 2."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A field with its meaning and the limits that `check` holds it to: choices=, ge= (at least), gt= (above), le=, lt=."""
+    metadata = {"help": help, **limits}
+    if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
+        return field(default_factory=lambda: _fresh(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _fresh(default: Any) -> Any:
+    return default() if isinstance(default, type) else default.copy()
+
+
+def group(kind: type, help: str) -> Any:
+    """A field that holds a whole group of settings."""
+    return field(default_factory=kind, metadata={"help": help})
+
+
+_TESTS = {
+    "ge": ("at least", lambda value, limit: value >= limit),
+    "gt": ("above", lambda value, limit: value > limit),
+    "le": ("at most", lambda value, limit: value <= limit),
+    "lt": ("below", lambda value, limit: value < limit),
+}
+
+
+def check(config: Any, prefix: str) -> None:
+    """Raise UserError where a field of `config` (a dataclass instance) is outside the limits that it declares."""
+    for item in dataclasses.fields(config):
+        value, limits = getattr(config, item.name), item.metadata
+        if value is None:
+            continue
+        name = f"{prefix}{item.name}"
+        if "choices" in limits and value not in limits["choices"]:
+            raise UserError(f"{name}={value} is not known", f"choose one of: {', '.join(limits['choices'])}")
+        for key, (words, holds) in _TESTS.items():
+            if key in limits and not holds(value, limits[key]):
+                raise UserError(f"{name}={value} is out of range", f"{name} must be {words} {limits[key]}")
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a decoder-only transformer. The vocabulary is not in it: that comes from the tokenizer."""
+
+    n_layer: int = option(4, "number of transformer blocks", ge=1)
+    n_head: int = option(4, "attention heads in each block", ge=1)
+    n_embd: int = option(128, "width of the residual stream", ge=1)
+    block_size: int = option(64, "longest context, in tokens", ge=1)
+    n_kv_head: int | None = option(None, "key/value heads (grouped-query attention); null: n_head", ge=1)
+    n_inner: int | None = option(None, "width inside the MLP; null: 4 n_embd, for swiglu 8/3 n_embd up to a multiple of 32", ge=1)
+    norm: str = option("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = option(1e-5, "added to the variance in every norm", gt=0)
+    position: str = option("learned", "positions: a table, or rotations of queries and keys", choices=("learned", "rope"))
+    rope_theta: float = option(10000.0, "base wavelength of the rotations", gt=0)
+    mlp: str = option("gelu", "MLP activation", choices=("gelu", "gelu_tanh", "swiglu", "relu2"))
+    qk_norm: bool = option(False, "normalise each head's queries and keys (RMS, no weights)")
+    bias: bool = option(False, "biases in linear layers and layer norms")
+    tie_embeddings: bool = option(True, "the output head shares the token embedding's weights")
+    dropout: float = option(0.0, "dropout on embeddings, attention and residuals", ge=0, lt=1)
+    logit_softcap: float | None = option(None, "c: logits become c tanh(logits / c); null: off", gt=0)
+    init: str = option(
+        "gpt2",
+        "normal(0.02) with residual projections scaled by 1/sqrt(2 n_layer) | normal(0.02) everywhere | "
+        "1/sqrt(fan-in) with residual projections at zero",
+        choices=("gpt2", "normal", "zero_proj"),
+    )
+
+    def __post_init__(self) -> None:
+        check(self, "model.")
+        if self.n_embd % self.n_head:
+            below, above = self.n_embd // self.n_head * self.n_head, -(-self.n_embd // self.n_head) * self.n_head
+            near = f"{below} or {above}" if below else f"{above}"
+            raise UserError(
+                f"model.n_embd={self.n_embd} does not divide by model.n_head={self.n_head}",
+                f"every head needs the same width: try model.n_embd={near}, or another n_head",
+            )
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise UserError(
+                f"model.n_head={self.n_head} does not divide by model.n_kv_head={self.n_kv_head}",
+                "every key/value head serves the same number of query heads",
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise UserError(
+                f"model.position=rope needs an even head width, and n_embd / n_head is {self.head_dim}",
+                "change model.n_embd or model.n_head",
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    kind: str = option("char", "the tokenizer", choices=("char", "byte", "word", "gpt2", "bpe"))
+    vocab_size: int = option(1024, "bpe: number of tokens to learn, the 256 bytes included", ge=256)
+    min_frequency: int = option(2, "word: rarer words become <unk>", ge=1)
+
+    def __post_init__(self) -> None:
+        check(self, "data.tokenizer.")
+
+
+@dataclass
+class DataConfig:
+    """Which text, which tokens, which batches."""
+
+    corpus: str = option("pydocs", "where the text comes from", choices=("pydocs", "shakespeare", "text"))
+    path: str | None = option(None, "corpus=text: a file, a folder or a glob (.gz and .xz are unpacked)")
+    tokenizer: TokenizerConfig = group(TokenizerConfig, "how text becomes tokens")
+    val_fraction: float = option(0.1, "the last part of the text, kept for validation", gt=0, lt=1)
+    val_tokens: int | None = option(None, "validate on the first so many tokens; null: the whole split", ge=2)
+    global_batch_size: int = option(12, "sequences per optimizer step, over all devices", ge=1)
+    micro_batch_size: int | None = option(None, "sequences per forward pass on one device; null: found for you", ge=1)
+    num_workers: int = option(0, "processes that load batches; 0: the training process itself", ge=0)
+
+    def __post_init__(self) -> None:
+        check(self, "data.")
+        if self.corpus == "text" and not self.path:
+            raise UserError("data=text needs data.path", "give a file, a folder or a glob: data.path=my.txt")
+        if self.corpus != "text" and self.path:
+            raise UserError(
+                f"data.path has no meaning for the corpus {self.corpus}", "say data=text to train on your own text"
+            )
+
+
+@dataclass
+class OptimizerConfig:
+    """The update rule and the learning rate over the run."""
+
+    name: str = option("adamw", "the update rule", choices=("adamw",))
+    lr: float = option(1e-3, "peak learning rate", gt=0)
+    betas: list[float] = option([0.9, 0.99], "decay of the two running moments")
+    eps: float = option(1e-8, "added to the denominator", gt=0)
+    weight_decay: float = option(0.1, "decay of matrices and embeddings; vectors are never decayed", ge=0)
+    grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping", ge=0)
+    schedule: str = option(
+        "cosine",
+        "learning rate after the warm-up: half a cosine | flat, then a linear descent (WSD) | one cycle | flat",
+        choices=("cosine", "wsd", "onecycle", "constant"),
+    )
+    warmup_steps: int = option(100, "steps of linear warm-up (onecycle: see rise_fraction)", ge=0)
+    min_lr_ratio: float = option(0.1, "learning rate at the end, as a fraction of lr", ge=0, le=1)
+    decay_fraction: float = option(0.2, "wsd: the last part of the run, where the learning rate falls", gt=0, le=1)
+    rise_fraction: float = option(0.3, "onecycle: the first part of the run, where the learning rate rises", gt=0, lt=1)
+
+    def __post_init__(self) -> None:
+        check(self, "optimizer.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas={self.betas} must be two numbers in [0, 1)", "for example [0.9, 0.95]")
+
+
+@dataclass
+class TrainConfig:
+    """One training run."""
+
+    model: ModelConfig = group(ModelConfig, "the shape of the GPT")
+    data: DataConfig = group(DataConfig, "text, tokens and batches")
+    optimizer: OptimizerConfig = group(OptimizerConfig, "update rule and learning rate")
+    trainer: dict[str, Any] = option(
+        {}, "the budget (exactly one of max_steps, max_tokens, max_epochs) and any argument of lightning.Trainer"
+    )
+    logger: dict[str, Any] = option({}, "Lightning loggers, by name")
+    callbacks: dict[str, Any] = option({}, "Lightning callbacks, by name")
+    seed: int = option(1337, "decides initial weights, batches and dropout", ge=0)
+    compile: bool = option(False, "compile the model with torch.compile (pays on long runs)")
+    resume: str | None = option(None, "auto, or a checkpoint or run directory to continue from")
+    init_from: str | None = option(None, "a checkpoint whose weights (and tokenizer) to start from")
+    stop_at_loss: float | None = option(None, "end when the training or validation loss reaches this", gt=0)
+    dry_run: bool = option(False, "print the forecast and stop")
+    data_dir: str | None = option(None, "where corpora live; null: $TINYGPT_DATA_DIR, else data/")
+    cache_dir: str | None = option(None, "where tokens are kept; null: $TINYGPT_CACHE_DIR, else data/cache")
+    debug: bool = option(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        check(self, "")
+        for name, instead in REFUSED_TRAINER_ARGUMENTS.items():
+            if self.trainer.get(name) is not None:
+                raise UserError(f"trainer.{name} is not used here", f"say {instead}")
+        given = [name for name in BUDGETS if self.trainer.get(name) is not None]
+        if len(given) != 1:
+            raise UserError(
+                f"the run needs exactly one budget, and has {' and '.join(given) or 'none'}",
+                "set one of trainer.max_steps, trainer.max_tokens, trainer.max_epochs",
+            )
+        value = self.trainer[given[0]]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"trainer.{given[0]}={value} is out of range", "it must be a number above 0")
+
+
+REFUSED_TRAINER_ARGUMENTS = {
+    "accumulate_grad_batches": "data.micro_batch_size=N (sequences per forward pass; data.global_batch_size stays true)",
+    "gradient_clip_val": "optimizer.grad_clip=X",
+    "gradient_clip_algorithm": "optimizer.grad_clip=X (the norm is clipped)",
+}
+
+
+@dataclass
+class SampleConfig:
+    """Text from a checkpoint."""
+
+    ckpt: str = option("latest", "a .ckpt file, a run directory, or latest")
+    prompt: str = option("\n", "the text to continue; @FILE reads a file, - standard input")
+    num_samples: int = option(1, "how many continuations", ge=1)
+    max_new_tokens: int = option(256, "how many tokens each", ge=1)
+    temperature: float = option(0.8, "0: always the likeliest token; above 1: wilder", ge=0)
+    top_k: int | None = option(None, "draw from the k likeliest tokens only", ge=1)
+    top_p: float | None = option(None, "draw from the likeliest tokens that together reach probability p", gt=0, le=1)
+    min_p: float | None = option(None, "drop tokens less likely than min_p times the likeliest", ge=0, le=1)
+    repetition_penalty: float = option(1.0, "above 1: tokens already seen become less likely", gt=0)
+    stop: list[str] = option([], "end a sample before any of these strings")
+    seed: int | None = option(None, "the same seed draws the same text; null: a new one each time", ge=0)
+    interactive: bool = option(False, "a >> prompt that streams; quit or Ctrl-D ends it")
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    debug: bool = option(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        check(self, "")
+
+
+@dataclass
+class EvaluateConfig:
+    """The loss of a checkpoint on a text."""
+
+    ckpt: str = option("latest", "a .ckpt file, a run directory, or latest")
+    split: str = option("val", "which part of the corpus", choices=("train", "val", "all"))
+    data: DataConfig | None = option(None, "another text (data=text data.path=...); null: the checkpoint's own corpus")
+    batch_size: int = option(32, "windows per forward pass", ge=1)
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    data_dir: str | None = option(None, "where corpora live; null: $TINYGPT_DATA_DIR, else data/")
+    cache_dir: str | None = option(None, "where tokens are kept; null: $TINYGPT_CACHE_DIR, else data/cache")
+    debug: bool = option(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        check(self, "")

@@ -1,0 +1,224 @@
+"""What a run will cost, before it costs it: a few real steps on a throw-away copy of the model, and arithmetic.
+
+FLOPs per token follow PaLM (arXiv:2204.02311, appendix B): 6 for each parameter of a matrix product and
+12 n_layer n_embd T for attention, backward pass included, the causal half not subtracted. MFU is that rate over the
+rate of a large matrix product measured on the same device, not over a data sheet's.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tinygpt.config import ModelConfig, OptimizerConfig
+from tinygpt.model import GPT
+from tinygpt.optim import make_optimizer
+
+PROBE_FLOPS = 2e11  # larger steps are not run but extrapolated: a second or two on two CPU cores
+MICRO_TOKENS = 2**15  # on a CPU: tokens per forward pass
+MICRO_LOGITS = 2**28  # on a CPU: logits per forward pass, 1 GiB in float32
+
+
+@dataclass
+class Forecast:
+    """What a run will do: counts, bytes, FLOP/s and seconds."""
+
+    parameters: int
+    flops_per_token: int
+    tokens_per_step: int
+    micro_batch_size: int
+    steps: int
+    step_seconds: float
+    validation_seconds: float
+    seconds: float
+    memory_bytes: int
+    peak_flops: float
+
+
+def flops_per_token(model: GPT) -> int:
+    """Training FLOPs per token of a full block."""
+    table = 0 if model.config.tie_embeddings else model.wte.weight.numel()  # a look-up is no product
+    positions = model.wpe.weight.numel() if model.config.position == "learned" else 0
+    config = model.config
+    return 6 * (model.num_parameters() - table - positions) + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def make_forecast(
+    config: ModelConfig,
+    vocab_size: int,
+    optimizer: OptimizerConfig,
+    *,
+    share: int,
+    world_size: int,
+    micro_batch_size: int | None,
+    steps: int,
+    validations: int,
+    validation_windows: int,
+    device: torch.device,
+    precision: str,
+) -> Forecast:
+    """Measure this device and extrapolate. share: sequences per step on one device. Leaves the random state alone."""
+    with torch.device("meta"):
+        outline = GPT(config, vocab_size)
+    random_state, probe = torch.get_rng_state(), Probe(outline, optimizer, device, precision)
+    micro = micro_batch_size or probe.largest_micro_batch(share)
+    micro = min(share, micro)
+    step, validation = probe.step_seconds(share, micro), probe.validation_seconds(share, micro)
+    peak, memory = matmul_peak(device, precision), probe.memory(micro)
+    torch.set_rng_state(random_state)
+    validation *= validation_windows / world_size
+    return Forecast(
+        parameters=outline.num_parameters(),
+        flops_per_token=flops_per_token(outline),
+        tokens_per_step=share * world_size * config.block_size,
+        micro_batch_size=micro,
+        steps=steps,
+        step_seconds=step,
+        validation_seconds=validation,
+        seconds=steps * step + validations * validation,
+        memory_bytes=memory,
+        peak_flops=peak if device.type == "cpu" else peak * world_size,
+    )
+
+
+class Probe:
+    """Throw-away models of one shape on one device, and what they were measured to take."""
+
+    def __init__(self, outline: GPT, optimizer: OptimizerConfig, device: torch.device, precision: str) -> None:
+        """outline: the model on the meta device, for its shape."""
+        self.config, self.vocab_size, self.optimizer = outline.config, outline.vocab_size, optimizer
+        self.device, self.context = device, autocast(device, precision)
+        self.flops = flops_per_token(outline) * outline.config.block_size  # of one sequence
+        self.weights = sum(p.numel() * p.element_size() for p in outline.parameters())
+
+    def model(self, n_layer: int | None = None) -> GPT:
+        return GPT(replace(self.config, n_layer=n_layer or self.config.n_layer), self.vocab_size).to(self.device)
+
+    def tokens(self, rows: int) -> Tensor:
+        return torch.randint(self.vocab_size, (rows, self.config.block_size + 1), device=self.device)
+
+    def largest_micro_batch(self, share: int) -> int:
+        """On a GPU, the largest of share, share/2, share/4, ... sequences that fit. On a CPU a rule, not a measurement:
+        the same config must cut its batches the same way on every machine."""
+        T = self.config.block_size
+        if self.device.type != "cuda":
+            return max(1, min(share, MICRO_TOKENS // T, MICRO_LOGITS // (T * self.vocab_size)))
+        micro = share
+        while micro > 1:
+            try:
+                self.run_step(self.model(), None, self.tokens(micro), micro)
+                return micro
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                micro = -(-micro // 2)
+        return micro
+
+    def step_seconds(self, share: int, micro: int) -> float:
+        """Seconds of one optimizer step. A step too large to try is measured with one sequence and with one and two
+        layers, and extended along both: time is a line in each."""
+        if self.device.type != "cpu" or self.flops * share <= PROBE_FLOPS:
+            return self.measured_step(self.model(), share, micro)
+        one, two = (self.measured_step(self.model(n), 1, 1) for n in (1, 2))
+        return share * (one + (two - one) * (self.config.n_layer - 1))
+
+    def measured_step(self, model: GPT, rows: int, micro: int) -> float:
+        batch, updater = self.tokens(rows), make_optimizer(model, self.optimizer)
+        return timed(lambda: self.run_step(model, updater, batch, micro), self.device)
+
+    def run_step(self, model: GPT, optimizer: torch.optim.Optimizer | None, batch: Tensor, micro: int) -> None:
+        for part in batch.split(micro):
+            with self.context():
+                logits = model(part[:, :-1])
+                loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    @torch.inference_mode()
+    def validation_seconds(self, share: int, micro: int) -> float:
+        """Seconds to validate one window: measured, or a third of a training step where that is too large to try."""
+        rows = max(1, min(64, 2**24 // (self.config.block_size * self.vocab_size)))
+        if self.device.type == "cpu" and self.flops * rows / 3 > PROBE_FLOPS:
+            with torch.inference_mode(False):
+                return self.step_seconds(share, micro) / share / 3
+        model, batch = self.model(), self.tokens(rows)
+
+        def work() -> Tensor:
+            with self.context():
+                logits = model(batch[:, :-1]).flatten(0, 1).float()
+            nll = F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
+            return nll + (logits.argmax(dim=-1) == batch[:, 1:].flatten()).sum()
+
+        return timed(work, self.device, budget=0.3) / rows
+
+    def memory(self, micro: int) -> int:
+        """Bytes at the peak of a step: weights, gradients, two moments, what the backward pass keeps, the logits twice,
+        and on a CPU what this process holds already."""
+        one, two = (self.saved_bytes(self.model(n)) for n in (1, 2))
+        saved = one + (two - one) * (self.config.n_layer - 1)
+        logits = micro * self.config.block_size * self.vocab_size * 4
+        held = resident_bytes() if self.device.type == "cpu" else 0
+        return held + 4 * self.weights + micro * saved + 2 * logits
+
+    def saved_bytes(self, model: GPT) -> int:
+        """Bytes that autograd keeps of one sequence's forward pass."""
+        storages: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), self.context():
+            kept = model(self.tokens(1)[:, :-1])  # alive to the end, so that no address is used twice
+        return sum(storages.values()) + 0 * kept.numel()
+
+
+def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
+    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    if precision not in dtypes:
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=dtypes[precision])
+
+
+def timed(work: Callable[[], object], device: torch.device, budget: float = 0.6, most: int = 20) -> float:
+    """Median seconds of `work` over as many repetitions as fit the budget, after one that does not count."""
+    work()
+    seconds: list[float] = []
+    while not seconds or (sum(seconds) < budget and len(seconds) < most):
+        synchronise(device)
+        start = time.perf_counter()
+        work()
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def resident_bytes() -> int:
+    """The most memory this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def matmul_peak(device: torch.device, precision: str) -> float:
+    """FLOP/s of a large square matrix product in the precision that training multiplies in."""
+    n = 8192 if device.type == "cuda" else 1024
+    dtype = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    a = torch.randn(n, n, device=device, dtype=dtype or torch.float32)
+    return 2 * n**3 / timed(lambda: a @ a, device, budget=0.2)

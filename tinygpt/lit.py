@@ -1,0 +1,119 @@
+"""The LightningModule: what one optimizer step does, and what one validation batch adds.
+
+The optimizer is stepped by hand: a batch is one optimizer step, cut into micro-batches here, so nothing in a run counts
+micro-batches. Nothing is logged from the training step, where Lightning's own logging costs more than a small model's
+optimizer; the callbacks read `last_step`.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tinygpt.batches import IGNORED
+from tinygpt.config import OptimizerConfig
+from tinygpt.evaluate import TextMetrics, split_batch
+from tinygpt.model import GPT
+from tinygpt.optim import learning_rate, make_optimizer
+
+
+class LitGPT(L.LightningModule):
+    """Trains `model` with one optimizer for total_steps steps.
+
+    `card` is the plain dictionary that makes a checkpoint complete (see tinygpt.checkpoint). After each step `last_step`
+    holds its loss and gradient norm as tensors, so that reading them, not the step, waits for the device; after each
+    validation `val_metrics` holds the metrics.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: OptimizerConfig,
+        *,
+        total_steps: int,
+        micro_batch_size: int,
+        seed: int,
+        card: dict[str, Any],
+        byte_lengths: np.ndarray[Any, Any] | None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.optimizer_config, self.card = model, optimizer, card
+        self.total_steps, self.micro_batch_size, self.seed = total_steps, micro_batch_size, seed
+        self.metrics = TextMetrics(byte_lengths)
+        self.last_step: dict[str, Tensor] = {}
+        self.val_metrics: dict[str, float | int | None] = {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.model, self.optimizer_config)
+
+    def current_lr(self) -> float:
+        return learning_rate(self.global_step, self.total_steps, self.optimizer_config)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        self.reseed()
+        for group in optimizer.param_groups:
+            group["lr"] = self.current_lr()
+        loss = self.accumulate(batch)
+        grad_norm = self.clip()
+        optimizer.step()
+        optimizer.zero_grad()
+        self.last_step = {"train/loss": loss, "grad_norm": grad_norm}
+
+    def reseed(self) -> None:
+        """Dropout depends on (seed, step, rank) alone, so no random state travels in a checkpoint."""
+        seed = (self.seed * 1_000_003 + self.global_step) * 4096 + self.global_rank
+        torch.default_generator.manual_seed(seed % 2**63)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed % 2**63)
+
+    def accumulate(self, batch: Tensor) -> Tensor:
+        """Gradients of the mean loss over batch (B, T + 1), micro-batch by micro-batch; returns that loss, detached."""
+        *parts, last = batch.split(self.micro_batch_size)
+        total = torch.zeros((), device=batch.device)
+        for part in parts:
+            with self.unsynchronised():
+                total += self.backward_part(part, len(part) / len(batch))
+        return total + self.backward_part(last, len(last) / len(batch))
+
+    def unsynchronised(self) -> AbstractContextManager[Any]:
+        """Gradients stay on this device: under DDP they are reduced once a step, with the last micro-batch."""
+        return getattr(self.trainer.strategy, "block_backward_sync", nullcontext)()
+
+    def backward_part(self, part: Tensor, weight: float) -> Tensor:
+        idx, targets = split_batch(part)
+        loss = cross_entropy(self.model(idx), targets) * weight
+        self.manual_backward(loss)
+        return loss.detach()
+
+    def clip(self) -> Tensor:
+        """Bound the gradient norm by grad_clip (0: leave it) and return what it was."""
+        if scaler := getattr(self.trainer.precision_plugin, "scaler", None):  # 16-mixed scales the gradients
+            scaler.unscale_(self.trainer.optimizers[0])
+        parameters = list(self.model.parameters())
+        bound = self.optimizer_config.grad_clip
+        return torch.nn.utils.clip_grad_norm_(parameters, bound if bound > 0 else float("inf"))
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        idx, targets = split_batch(batch)
+        self.metrics.update(self.model(idx), targets)
+
+    def on_validation_epoch_end(self) -> None:
+        self.val_metrics = self.metrics.compute()
+        self.metrics.reset()
+        known = {f"val/{name}": float(value) for name, value in self.val_metrics.items() if value is not None}
+        self.log_dict(known, logger=False, sync_dist=False, rank_zero_only=False)  # for callbacks that monitor
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tinygpt"] = self.card
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the tokens of targets (B, T) that are not IGNORED; logits (B, T, V)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)

@@ -1,0 +1,141 @@
+"""Where numbers go: metrics.csv, which is ours and always there, and Weights & Biases with a fallback that needs no network.
+
+Any logger of Lightning's works through its `_target_`; each gets the run directory as its save_dir.
+"""
+
+import csv
+import netrc
+import os
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from tinygpt.config import UserError
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "train/loss",
+    "val/loss",
+    "val/bits_per_byte",
+    "val/perplexity",
+    "val/accuracy",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    "seconds",
+)  # timing comes last: all before it is the same in every run of one config and seed
+
+
+class CSVLogger(Logger):
+    """metrics.csv: one line a step that is logged, on disk at once.
+
+    The first line that is written drops those of its own and later steps: a resumed run writes them again.
+    """
+
+    def __init__(self, save_dir: str | Path) -> None:
+        super().__init__()
+        self.path, self.cut = Path(save_dir) / "metrics.csv", False
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """They are in .hydra/ and in the checkpoint."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        if not self.cut:
+            self.start(step)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow([step, *("" if metrics.get(c) is None else metrics[c] for c in COLUMNS[1:])])
+
+    def start(self, step: int) -> None:
+        """Header, and the lines before `step` that an earlier process left."""
+        kept = [row for row in read_metrics(self.path) if int(row["step"]) < step] if self.path.exists() else []
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+        temporary.replace(self.path)
+        self.cut = True
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The lines of a metrics.csv, as text; a last line that a kill cut short is left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row.get("step") and None not in row.values()]
+
+
+def wandb(
+    project: str, save_dir: str | Path, name: str | None = None, id: str | None = None, mode: str = "auto"
+) -> Logger:
+    """A W&B run: online where there is a key and a server, else offline, which it says once with how to upload it.
+
+    id continues that run. mode: auto | online | offline. Raises UserError where wandb is not installed.
+    """
+    if mode not in ("auto", "online", "offline"):
+        raise UserError(f"logger.wandb.mode={mode} is not known", "choose one of: auto, online, offline")
+    if rank_zero_only.rank != 0:  # only the first process talks to W&B
+        return CSVLogger(save_dir)
+    try:
+        import wandb as library
+    except ImportError as error:
+        raise UserError("the wandb package is not installed", "pip install wandb") from error
+    from lightning.pytorch.loggers import WandbLogger
+
+    settings = library.Settings(init_timeout=20, console="off", silent=True, disable_git=True)
+    options = {"project": project, "name": name, "id": id, "dir": str(save_dir), "settings": settings}
+    run = None
+    if mode == "online" or (mode == "auto" and has_key()):
+        run = connect(library, options, required=mode == "online")
+    if run is None:
+        run = library.init(mode="offline", **options)
+        folder = Path(run.settings.sync_dir)
+        print(f"W&B: no key or no server, so this run is kept offline; upload it with: wandb sync {folder}", file=sys.stderr)
+    return WandbLogger(experiment=run, save_dir=str(save_dir))
+
+
+def connect(library: Any, options: dict[str, Any], required: bool) -> Any:
+    """An online run, or None where no server answers and none is required."""
+    try:
+        return library.init(mode="online", resume="allow", **options)
+    except (library.errors.CommError, library.errors.UsageError, library.errors.AuthenticationError) as error:
+        if required:
+            raise UserError("no W&B server takes this run", "run `wandb login`, or logger.wandb.mode=offline") from error
+        return None
+
+
+def has_key() -> bool:
+    """Whether a W&B key is at hand, in the environment or in ~/.netrc; nobody is asked for one."""
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return False
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def finish(loggers: list[Logger]) -> None:
+    """End what a logger holds open; without this the second job of a sweep goes on in the first one's W&B run."""
+    for logger in loggers:
+        logger.finalize("success")
+        if type(logger).__name__ == "WandbLogger":
+            logger.experiment.finish()  # type: ignore[attr-defined]
