@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 IGNORED = -1  # a target that no token fills: the padding of the last validation window
+VALIDATION_LOGITS = 2**24  # logits per validation batch: 64 MiB in float32
 
 Integers = NDArray[np.int64]
 Words = NDArray[np.uint64]

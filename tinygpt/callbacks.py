@@ -75,18 +75,20 @@ class BestCheckpoint(L.Callback):
 
     def __init__(self) -> None:
         self.loss, self.step = float("inf"), 0
+        self.metrics: dict[str, Any] = {}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = val_loss(pl_module)
         if loss < self.loss or self.loss == float("inf"):
-            self.loss, self.step = loss, trainer.global_step
+            assert isinstance(pl_module, LitGPT)
+            self.loss, self.step, self.metrics = loss, trainer.global_step, dict(pl_module.val_metrics)
             trainer.save_checkpoint(checkpoint_path(trainer, "best"))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss, "step": self.step}
+        return {"loss": self.loss, "step": self.step, "metrics": self.metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loss, self.step = state_dict["loss"], state_dict["step"]
+        self.loss, self.step, self.metrics = state_dict["loss"], state_dict["step"], state_dict["metrics"]
 
 
 class LastCheckpoint(L.Callback):

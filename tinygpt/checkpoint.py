@@ -38,9 +38,22 @@ def load(ckpt: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
 
     Raises UserError where there is none, or where the file is damaged or not tinygpt's.
     """
-    checkpoint = open_checkpoint(find(ckpt))
-    model = build_model(checkpoint)
-    return model.to(device).eval(), from_state(checkpoint["tinygpt"]["tokenizer"])
+    return rebuild(open_checkpoint(find(ckpt)), device)
+
+
+def rebuild(checkpoint: dict[str, Any], device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
+    """The model, in eval mode, and the tokenizer of an opened checkpoint."""
+    return build_model(checkpoint).to(device).eval(), from_state(checkpoint["tinygpt"]["tokenizer"])
+
+
+def pick_device(wanted: str) -> str:
+    """cpu, cuda or mps; auto is the best that is here. Raises UserError where the one asked for is not."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(name for name, is_here in here.items() if is_here)
+    if not here[wanted]:
+        raise UserError(f"device={wanted} is not available here", "use device=cpu")
+    return wanted
 
 
 def find(ckpt: str | Path, which: str = "best") -> Path:

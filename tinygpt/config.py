@@ -6,6 +6,7 @@ they stay plain dictionaries.
 """
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -255,3 +256,37 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check(self, "")
+
+
+def inner_schema(item: dataclasses.Field[Any]) -> type | None:
+    """The dataclass that a field holds, also where it may be null."""
+    for kind in getattr(item.type, "__args__", (item.type,)):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return kind
+    return None
+
+
+def from_dict(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass `kind` from plain nested dictionaries, as `dataclasses.asdict` makes them."""
+    inner = {item.name: inner_schema(item) for item in dataclasses.fields(kind)}
+    return kind(**{name: _nested(inner.get(name), value) for name, value in values.items()})
+
+
+def _nested(kind: type | None, value: Any) -> Any:
+    return from_dict(kind, value) if kind and isinstance(value, dict) else value
+
+
+def nearest(name: str, known: list[str], prefix: str = "") -> str:
+    """A hint that names the key that was probably meant."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{close[0]}?" if close else "known: " + ", ".join(f"{prefix}{k}" for k in known)
+
+
+def all_keys(kind: type, prefix: str = "") -> list[str]:
+    """Every key of a schema, dotted."""
+    keys = []
+    for item in dataclasses.fields(kind):
+        keys.append(f"{prefix}{item.name}")
+        if inner := inner_schema(item):
+            keys += all_keys(inner, f"{prefix}{item.name}.")
+    return keys

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tinygpt.batches import BatchOrder, TokenSource, validation_batch, validation_windows
+from tinygpt.batches import VALIDATION_LOGITS, BatchOrder, TokenSource, validation_batch, validation_windows
 from tinygpt.config import UserError
-
-VALIDATION_LOGITS = 2**24  # logits per validation batch: 64 MiB in float32
 
 
 class TrainingSteps(Dataset[Tensor]):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tinygpt.batches import VALIDATION_LOGITS
 from tinygpt.config import ModelConfig, OptimizerConfig
 from tinygpt.model import GPT
 from tinygpt.optim import make_optimizer
@@ -70,10 +71,10 @@ def make_forecast(
     random_state, probe = torch.get_rng_state(), Probe(outline, optimizer, device, precision)
     micro = micro_batch_size or probe.largest_micro_batch(share)
     micro = min(share, micro)
-    step, validation = probe.step_seconds(share, micro), probe.validation_seconds(share, micro)
+    step = probe.step_seconds(share, micro)
+    validation = probe.validation_seconds(step / share) * validation_windows / world_size
     peak, memory = matmul_peak(device, precision), probe.memory(micro)
     torch.set_rng_state(random_state)
-    validation *= validation_windows / world_size
     return Forecast(
         parameters=outline.num_parameters(),
         flops_per_token=flops_per_token(outline),
@@ -144,12 +145,12 @@ class Probe:
             optimizer.zero_grad()
 
     @torch.inference_mode()
-    def validation_seconds(self, share: int, micro: int) -> float:
-        """Seconds to validate one window: measured, or a third of a training step where that is too large to try."""
-        rows = max(1, min(64, 2**24 // (self.config.block_size * self.vocab_size)))
+    def validation_seconds(self, trained: float) -> float:
+        """Seconds to validate one window: measured, or where that is too large to try a third of what it takes to train
+        on one, which is `trained`."""
+        rows = max(1, min(64, VALIDATION_LOGITS // (self.config.block_size * self.vocab_size)))
         if self.device.type == "cpu" and self.flops * rows / 3 > PROBE_FLOPS:
-            with torch.inference_mode(False):
-                return self.step_seconds(share, micro) / share / 3
+            return trained / 3
         model, batch = self.model(), self.tokens(rows)
 
         def work() -> Tensor:

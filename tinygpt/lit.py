@@ -46,20 +46,19 @@ class LitGPT(L.LightningModule):
         self.total_steps, self.micro_batch_size, self.seed = total_steps, micro_batch_size, seed
         self.metrics = TextMetrics(byte_lengths)
         self.last_step: dict[str, Tensor] = {}
+        self.last_lr = 0.0
         self.val_metrics: dict[str, float | int | None] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.optimizer_config)
 
-    def current_lr(self) -> float:
-        return learning_rate(self.global_step, self.total_steps, self.optimizer_config)
-
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         self.reseed()
+        self.last_lr = learning_rate(self.global_step, self.total_steps, self.optimizer_config)
         for group in optimizer.param_groups:
-            group["lr"] = self.current_lr()
+            group["lr"] = self.last_lr
         loss = self.accumulate(batch)
         grad_norm = self.clip()
         optimizer.step()

@@ -13,6 +13,7 @@ from tinygpt.model import GPT
 from tinygpt.tokenizer import Tokenizer
 
 HELP = "Type the beginning of a text. Ctrl-C stops a text; quit, exit or Ctrl-D ends the session."
+QUIT = ("quit", "exit")
 
 
 def chat(model: GPT, tokenizer: Tokenizer, **settings: Any) -> None:
@@ -24,17 +25,16 @@ def chat(model: GPT, tokenizer: Tokenizer, **settings: Any) -> None:
     """
     use_line_editing()
     say(HELP)
-    while (line := read_line()) not in (None, "quit", "exit"):
+    while (line := read_line()) is not None and line.strip() not in QUIT:
         try:
             warn_if_cropped(model, tokenizer, line)
             for text in stream(model, tokenizer, line, **settings):
                 print(text, end="", flush=True)
+            print()
         except UserError as error:
             say(f"error: {error}" + (f"\n{error.hint}" if error.hint else ""))
         except KeyboardInterrupt:
-            pass  # the text ends here, the session goes on
-        finally:
-            print(flush=True)
+            print()  # the text ends here, the session goes on
 
 
 def read_line() -> str | None:

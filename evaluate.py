@@ -1,0 +1,31 @@
+"""The loss of a trained GPT on a text, as one JSON object: python evaluate.py ckpt=latest split=val"""
+
+import json
+from pathlib import Path
+
+from tinygpt import cli
+from tinygpt.config import EvaluateConfig
+
+
+def work(config: EvaluateConfig, run_dir: Path, overrides: list[str]) -> None:
+    from tinygpt import checkpoint as ckpt  # torch, which --help does not wait for
+    from tinygpt.corpus import cache_dir, data_dir
+    from tinygpt.evaluate import evaluate
+    from tinygpt.shards import prepare
+
+    path = ckpt.find(config.ckpt)
+    opened = ckpt.open_checkpoint(path)
+    model, tokenizer = ckpt.rebuild(opened, ckpt.pick_device(config.device))
+    data = config.data or ckpt.stored_data(opened["tinygpt"])
+    prepared = prepare(data, data_dir(config.data_dir), cache_dir(config.cache_dir), tokenizer)
+    tokens = prepared.tokens(config.split)
+    if len(tokens) < 2:
+        raise cli.UserError(f"the split {config.split} holds {len(tokens)} tokens", "use a longer text, or split=all")
+    limit = data.val_tokens if config.split == "val" else None
+    metrics = evaluate(model, tokens, tokenizer.byte_lengths(), batch_size=config.batch_size, limit=limit)
+    where = {"checkpoint": str(path), "corpus": prepared.corpus, "sha256": prepared.sha256, "split": config.split}
+    print(json.dumps({**metrics, **where}))
+
+
+if __name__ == "__main__":
+    cli.main("evaluate", EvaluateConfig, work, Path(__file__).parent / "conf")

@@ -1,0 +1,45 @@
+"""Write text with a trained GPT: python sample.py ckpt=latest prompt="To be"; python sample.py --help says what else."""
+
+import sys
+from pathlib import Path
+
+from tinygpt import cli
+from tinygpt.config import SampleConfig
+
+
+def work(config: SampleConfig, run_dir: Path, overrides: list[str]) -> None:
+    from tinygpt.checkpoint import load, pick_device  # torch, which --help does not wait for
+    from tinygpt.generate import generate_many, options, stream
+
+    model, tokenizer = load(config.ckpt, pick_device(config.device))
+    settings = options(config)
+    if config.interactive:
+        from tinygpt.terminal import chat
+
+        return chat(model, tokenizer, **settings)
+    prompt = read_prompt(config.prompt)
+    if config.num_samples == 1:
+        pieces = stream(model, tokenizer, prompt, **settings)  # refuses the prompt here, before it is shown
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        return print()
+    for number, text in enumerate(generate_many(model, tokenizer, prompt, config.num_samples, **settings), 1):
+        print(f"--- {number} of {config.num_samples} ---\n{text}")
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself; @FILE is that file's text, - what comes on standard input."""
+    if prompt == "-":
+        return sys.stdin.read()
+    if not prompt.startswith("@"):
+        return prompt
+    try:
+        return Path(prompt[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise cli.UserError(f"the prompt file {prompt[1:]} cannot be read: {reason}", "check its name") from error
+
+
+if __name__ == "__main__":
+    cli.main("sample", SampleConfig, work, Path(__file__).parent / "conf")

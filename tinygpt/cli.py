@@ -1,0 +1,228 @@
+"""The command line: compose a config with Hydra, hold it to its schema, say what is wrong in one line.
+
+Hydra and OmegaConf live here and nowhere else in the package. A script hands over its schema and what to do; what it
+gets back is a plain dataclass.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tinygpt.config import BUDGETS, UserError, all_keys, from_dict, inner_schema, nearest
+from tinygpt.help import print_help
+
+VERBATIM = ("prompt", "ckpt", "resume", "init_from", "out", "data.path")
+OPEN_GROUPS = ("trainer", "logger", "callbacks")  # theirs: checked against signatures when they are built
+
+Work = Callable[[Any, Path, list[str]], float | None]
+
+
+def main(verb: str, schema: type, work: Work, conf: Path) -> None:
+    """Run a script: `work(config, run_dir, overrides)` with the composed config; exits with 2 on a UserError.
+
+    Only `train` has a run directory, runs sweeps (-m) and returns a score for them; the others get the current folder.
+    """
+    argv = sys.argv[1:]
+    debug = any(argument.lower() in ("debug=true", "debug=1") for argument in argv)
+    with reporting(schema, debug):
+        if "--help" in argv or "-h" in argv:
+            return print_help(verb, schema, conf)
+        register(verb, schema)
+        overrides = [prepare_override(argument) for argument in one_budget(argv)]
+        if verb == "train":
+            run_hydra(verb, schema, work, conf, overrides)
+        else:
+            work(compose(verb, schema, conf, overrides), Path.cwd(), overrides)
+
+
+@contextlib.contextmanager
+def reporting(schema: type, debug: bool) -> Iterator[None]:
+    """Turn what went wrong into one `error:` line, a hint and an exit code."""
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            raise
+        complain(error)
+        sys.exit(2)
+    except (HydraException, OmegaConfBaseException) as error:
+        if debug:
+            raise
+        complain(explain(error, schema))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone: `sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def complain(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+
+
+def register(verb: str, schema: type) -> None:
+    node = OmegaConf.structured(schema)
+    for name in OPEN_GROUPS:
+        if name in node:
+            OmegaConf.set_struct(node[name], False)  # any argument of theirs works without `+`
+    ConfigStore.instance().store(name=f"schema_{verb}", node=node)
+
+
+def one_budget(argv: list[str]) -> list[str]:
+    """A budget on the command line takes the place of the one in the config."""
+    given = [name for name in BUDGETS if any(argument.startswith(f"trainer.{name}=") for argument in argv)]
+    if not given:
+        return argv
+    return [*argv, *(f"trainer.{name}=null" for name in BUDGETS if name not in given)]
+
+
+def prepare_override(argument: str) -> str:
+    """Quote values that are taken verbatim, so that Hydra's grammar and OmegaConf's `${` leave them alone."""
+    key, separator, value = argument.partition("=")
+    if not separator or key not in VERBATIM or value == "null":
+        return argument
+    return f"{key}={quote(value)}"
+
+
+def quote(value: str) -> str:
+    """A string of Hydra's grammar that composes to exactly `value`."""
+    # Backslashes count only where they precede a quote or an interpolation: there each is doubled.
+    value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
+    value = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", value)
+    value = re.sub(r"(\\+)$", lambda match: match[1] * 2, value)
+    return f"'{value}'"
+
+
+def compose(verb: str, schema: type, conf: Path, overrides: list[str]) -> Any:
+    with hydra.initialize_config_dir(config_dir=str(conf.resolve()), version_base="1.3"):
+        return to_schema(hydra.compose(config_name=verb, overrides=overrides), schema)
+
+
+def to_schema(config: DictConfig, schema: type) -> Any:
+    """The dataclass of a composed config; UserError for a key that `+` smuggled past the schema."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    refuse_unknown(plain, schema, "")
+    return from_dict(schema, {str(key): value for key, value in plain.items()})
+
+
+def refuse_unknown(values: dict[Any, Any], schema: type, prefix: str) -> None:
+    fields = {item.name: item for item in dataclasses.fields(schema)}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"there is no key {prefix}{name}", nearest(str(name), list(fields), prefix))
+        if isinstance(value, dict) and (inner := inner_schema(fields[name])):
+            refuse_unknown(value, inner, f"{prefix}{name}.")
+
+
+def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[str]) -> None:
+    """Hydra's own main: it makes the run directory, writes .hydra/ and train.log, and runs sweeps."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `reporting` as they are
+    given, failed, sweep_dirs = sys.argv, [], set[Path]()
+
+    def job(config: DictConfig) -> float | None:
+        sys.argv = given  # what Lightning starts the other processes of a run with
+        settings, run_dir = HydraConfig.get(), Path(HydraConfig.get().runtime.output_dir)
+        try:
+            with clean_up(run_dir):
+                return work(to_schema(config, schema), run_dir, list(settings.overrides.task))
+        except UserError as error:
+            if settings.mode != RunMode.MULTIRUN or config.get("debug"):
+                raise
+            complain(error)  # the other jobs go on
+            failed.append(run_dir)
+            return None
+        finally:
+            sys.argv = [given[0], *overrides]
+            if settings.mode == RunMode.MULTIRUN:
+                sweep_dirs.add(Path(settings.sweep.dir))
+
+    sys.argv = [given[0], *overrides]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=verb)(job)()
+    finally:
+        sys.argv = given
+    for folder in sweep_dirs:
+        from tinygpt.sweep import rank
+
+        rank(folder)
+    if failed:
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def clean_up(run_dir: Path) -> Iterator[None]:
+    """Where a run fails before it has left anything of its own, its directory goes again."""
+    try:
+        yield
+    except BaseException:
+        remove_if_bare(run_dir)
+        raise
+
+
+def remove_if_bare(run_dir: Path) -> None:
+    """Remove a run directory that holds nothing but what Hydra wrote, and the folders of its date if empty."""
+    if not run_dir.is_dir() or {p.name for p in run_dir.iterdir()} - {".hydra", "train.log"}:
+        return
+    logging.shutdown()
+    shutil.rmtree(run_dir, ignore_errors=True)
+    for parent in (run_dir.parent, run_dir.parent.parent):
+        with contextlib.suppress(OSError):  # not empty: other runs
+            if parent.name != "outputs" and "outputs" in str(parent):
+                parent.rmdir()
+
+
+def explain(error: Exception, schema: type) -> UserError:
+    """What Hydra or OmegaConf found wrong, in the user's words."""
+    text = "\n".join(str(e) for e in chain(error))
+    if isinstance(error, MissingConfigException) and (found := re.search(r"find '([^']+)'", text)):
+        return unknown_choice(found[1], text)
+    if isinstance(error, OverrideParseException):
+        return UserError(
+            f"cannot read {error.override}", "write key=value; quote what holds , [ ] { } ( ) or spaces: 'key=\"a, b\"'"
+        )
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return unknown_key(found[1], text, schema)
+    if found := re.search(r"full_key: (\S+)", text):
+        return UserError(f"{found[1]}: {text.splitlines()[0]}", "see --help for its meaning and type")
+    return UserError(" ".join(text.splitlines()[:2]), "see --help for the keys and their values")
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def unknown_choice(path: str, text: str) -> UserError:
+    group, _, name = path.rpartition("/")
+    choices = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+    if not choices:
+        return UserError(f"there is no {path}", "see --help for the groups and their choices")
+    return UserError(f"there is no {group}={name}", nearest(name, choices, f"{group}="))
+
+
+def unknown_key(key: str, text: str, schema: type) -> UserError:
+    wrong = re.search(r"(Value .* could not be converted to \w+|.* is not (?:a |an )?.*|.*not supported.*)", text)
+    if "not in" not in text and wrong:
+        return UserError(f"{key}: {wrong[1]}", "see --help for its meaning and type")
+    return UserError(f"there is no key {key}", nearest(key, all_keys(schema)))

@@ -1,0 +1,334 @@
+"""One training run, in acts: where it starts from, what it trains on, what it will cost, the training, what it leaves.
+
+`train` is the whole of it; each act below is a function with the values that it needs.
+"""
+
+import contextlib
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from tinygpt import checkpoint as ckpt
+from tinygpt.batches import validation_windows
+from tinygpt.callbacks import BestCheckpoint, EMA, GracefulStop, Samples, StopAtLoss, ValidateAtEnds
+from tinygpt.config import TrainConfig, UserError, from_dict
+from tinygpt.corpus import cache_dir, data_dir
+from tinygpt.data import TextData, make_order
+from tinygpt.forecast import Forecast, make_forecast
+from tinygpt.lit import LitGPT
+from tinygpt.loggers import finish
+from tinygpt.model import GPT
+from tinygpt.plots import draw_curves
+from tinygpt.progress import MetricsWriter, ProgressBar, Throughput
+from tinygpt.report import Outcome, print_result, read_summary, say_forecast, write_summary
+from tinygpt.shards import Prepared, prepare
+from tinygpt.targets import build
+from tinygpt.trainer import accelerator, check_trainer, make_trainer, precision, total_steps, world_size
+
+log = logging.getLogger("tinygpt")
+
+STORED = ("model", "data", "optimizer", "trainer", "callbacks", "seed", "compile", "stop_at_loss")
+FIXED = ("model", "seed")  # what a resumed run may not change, beside corpus, tokenizer and global batch
+
+
+def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float | None:
+    """Train as `config` says, into `run_dir`; returns the best validation loss (None for a dry run).
+
+    Raises UserError for what the user can put right, SystemExit(128 + signal) where a signal ended the run.
+    """
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+    if rank:
+        logging.disable()
+    started = starting_checkpoint(config, run_dir)
+    if started is not None:
+        config = continued(config, overrides, started["tinygpt"])
+        if config.resume == "auto" and (loss := already_done(config, run_dir, started)) is not None:
+            return loss
+    check_trainer(config.trainer)
+    device = accelerator(config.trainer)
+    init = ckpt.open_checkpoint(ckpt.find(config.init_from)) if config.init_from and started is None else None
+    prepared = prepare_data(config, started or init)
+    if started is not None:
+        refuse_changes(config, prepared, started["tinygpt"])
+    model = make_model(config, prepared, init)
+    plan = make_plan(config, prepared, model, device)
+    if rank == 0:
+        say_forecast(plan.forecast, config, prepared, file=sys.stdout if config.dry_run else sys.stderr)
+    if config.dry_run:
+        return None
+    if rank == 0:
+        point_latest(run_dir)
+    return fit(config, run_dir, list(overrides), prepared, model, plan, started, device)
+
+
+# Where a run starts from
+
+
+def starting_checkpoint(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
+    """The opened checkpoint to resume from, with its path under "path"; None for a new run."""
+    if config.resume is None:
+        return None
+    if config.init_from:
+        raise UserError("resume and init_from exclude each other", "resume goes on with a run; init_from starts a new one")
+    path = run_dir / "checkpoints" / "last.ckpt" if config.resume == "auto" else ckpt.find(config.resume, "last")
+    if config.resume == "auto" and not path.exists():
+        return None
+    return {**ckpt.open_checkpoint(path), "path": str(path)}
+
+
+def continued(config: TrainConfig, overrides: Sequence[str], card: dict[str, Any]) -> TrainConfig:
+    """The checkpoint's config with the command line's overrides on top.
+
+    resume=auto repeats the command of the run, so there the command is the config.
+    """
+    keys = [override.partition("=")[0].lstrip("+~").replace("/", ".").split("@")[0] for override in overrides]
+    if config.resume == "auto" or "experiment" in keys:
+        return config
+    given, values = asdict(config), {**asdict(config), **card["config"]}
+    values["trainer"], values["data"] = dict(values["trainer"]), dict(values["data"])
+    for key in keys:
+        set_path(values, given, key.split("."))
+    restored: TrainConfig = from_dict(TrainConfig, values)
+    return restored
+
+
+def set_path(target: dict[str, Any], source: dict[str, Any], path: list[str]) -> None:
+    """Copy the entry at `path` from source to target; a path that is not there (hydra.*) is not ours."""
+    head, *rest = path
+    if head not in source:
+        return
+    if rest and isinstance(source[head], dict):
+        target[head] = dict(target.get(head) or {})
+        set_path(target[head], source[head], rest)
+    else:
+        target[head] = source[head]
+
+
+def already_done(config: TrainConfig, run_dir: Path, started: dict[str, Any]) -> float | None:
+    """The best loss of a run that has reached its budget, after saying so."""
+    summary = read_summary(run_dir)
+    if summary.get("status") != "done" or started["tinygpt"]["config"]["trainer"] != config.trainer:
+        return None
+    print(f"{run_dir} is done: {summary['steps']} steps, best validation loss {summary['best_val_loss']:.4f}")
+    return float(summary["best_val_loss"])
+
+
+def refuse_changes(config: TrainConfig, prepared: Prepared, card: dict[str, Any]) -> None:
+    """A resumed run goes on with the same model, data and seed, or it is another run."""
+    was, now = card["config"], asdict(config)
+    changed = [name for name in FIXED if was[name] != now[name]]
+    if was["data"]["global_batch_size"] != config.data.global_batch_size:
+        changed.append("data.global_batch_size")
+    if card["tokenizer"] != prepared.tokenizer.state():
+        changed.append("data.tokenizer")
+    if card["corpus"]["sha256"] != prepared.sha256 or was["data"]["val_fraction"] != config.data.val_fraction:
+        changed.append("the corpus")
+    if changed:
+        raise UserError(
+            f"a resumed run cannot change {' and '.join(changed)}",
+            "leave it as it was, or start a new run (init_from=CHECKPOINT keeps the weights)",
+        )
+
+
+# What it trains on
+
+
+def prepare_data(config: TrainConfig, source: dict[str, Any] | None) -> Prepared:
+    """The corpus as tokens; a checkpoint that the run starts from brings its tokenizer."""
+    tokenizer = ckpt.from_state(source["tinygpt"]["tokenizer"]) if source else None
+    if source and config.resume and asdict(config.data.tokenizer) != source["tinygpt"]["config"]["data"]["tokenizer"]:
+        tokenizer = None  # refuse_changes names it
+    return prepare(config.data, data_dir(config.data_dir), cache_dir(config.cache_dir), tokenizer)
+
+
+def make_model(config: TrainConfig, prepared: Prepared, init: dict[str, Any] | None) -> GPT:
+    """A model with the initial weights that the seed decides, or a checkpoint's."""
+    if init is not None:
+        model = ckpt.build_model(init)
+        model.config = replace(model.config, dropout=config.model.dropout)
+        fresh = GPT(model.config, model.vocab_size)
+        fresh.load_state_dict(model.state_dict())
+        return fresh
+    torch.manual_seed(config.seed)
+    return GPT(config.model, prepared.tokenizer.vocab_size)
+
+
+# What it will cost
+
+
+@dataclass
+class Plan:
+    """The run in numbers."""
+
+    steps: int
+    forecast: Forecast
+
+
+def make_plan(config: TrainConfig, prepared: Prepared, model: GPT, device: str) -> Plan:
+    T, B = model.config.block_size, config.data.global_batch_size
+    order = make_order(len(prepared.train), len(prepared.val), T, B, config.seed)
+    steps = total_steps(config.trainer, B, T, order.windows_per_epoch)
+    world = world_size(config.trainer, device)
+    if B % world:
+        raise UserError(
+            f"data.global_batch_size={B} does not divide by {world} devices",
+            "every device takes the same share: choose a multiple",
+        )
+    interval = config.trainer.get("val_check_interval") or steps
+    forecast = make_forecast(
+        model.config,
+        model.vocab_size,
+        config.optimizer,
+        share=B // world,
+        world_size=world,
+        micro_batch_size=config.data.micro_batch_size,
+        steps=steps,
+        validations=1 + -(-steps // interval),
+        validation_windows=validation_windows(prepared.val, T, config.data.val_tokens),
+        device=torch.device(device),
+        precision=precision(config.trainer, device),
+    )
+    return Plan(steps, forecast)
+
+
+# The training
+
+
+def fit(
+    config: TrainConfig,
+    run_dir: Path,
+    overrides: list[str],
+    prepared: Prepared,
+    model: GPT,
+    plan: Plan,
+    started: dict[str, Any] | None,
+    device: str,
+) -> float:
+    card = make_card(config, prepared, model, started)
+    module = LitGPT(
+        model,
+        config.optimizer,
+        total_steps=plan.steps,
+        micro_batch_size=plan.forecast.micro_batch_size,
+        seed=config.seed,
+        card=card,
+        byte_lengths=prepared.tokenizer.byte_lengths(),
+    )
+    if config.compile:
+        model.compile()  # in place: wrapping it would rename its weights
+    data = TextData(
+        prepared.train,
+        prepared.val,
+        block_size=model.config.block_size,
+        vocab_size=model.vocab_size,
+        batch_size=config.data.global_batch_size,
+        seed=config.seed,
+        total_steps=plan.steps,
+        val_tokens=config.data.val_tokens,
+        num_workers=config.data.num_workers,
+    )
+    loggers = [
+        build(node, f"logger.{name}", save_dir=run_dir, id=card["logger_ids"].get(name))
+        for name, node in config.logger.items()
+    ]
+    remember_ids(card, dict(zip(config.logger, loggers, strict=True)))
+    throughput = Throughput()
+    callbacks = make_callbacks(config, prepared, plan, throughput)
+    trainer = make_trainer(
+        config.trainer, steps=plan.steps, device=device, run_dir=run_dir, callbacks=callbacks, loggers=loggers
+    )
+    outcome = Outcome(config, run_dir, overrides, prepared, plan.forecast, trainer, module, throughput)
+    with recording(outcome, loggers):
+        trainer.fit(module, datamodule=data, ckpt_path=started["path"] if started else None)
+    if trainer.is_global_zero:
+        print_result(outcome)
+    return outcome.best_loss()
+
+
+def make_card(config: TrainConfig, prepared: Prepared, model: GPT, started: dict[str, Any] | None) -> dict[str, Any]:
+    stored = {name: value for name, value in asdict(config).items() if name in STORED}
+    stored["model"] = asdict(model.config)
+    card = ckpt.make_card(model, prepared.tokenizer, stored, {"name": prepared.corpus, "sha256": prepared.sha256})
+    card["logger_ids"] = dict(started["tinygpt"]["logger_ids"]) if started else {}
+    return card
+
+
+def remember_ids(card: dict[str, Any], loggers: dict[str, Any]) -> None:
+    """A resumed run goes on in the same W&B run."""
+    for name, logger in loggers.items():
+        if type(logger).__name__ == "WandbLogger":
+            card["logger_ids"][name] = str(logger.version)
+
+
+def make_callbacks(config: TrainConfig, prepared: Prepared, plan: Plan, throughput: Throughput) -> list[L.Callback]:
+    """In the order that they need: validate, decide to stop, write metrics, then the user's, then save and clean up."""
+    chosen: list[L.Callback] = [build(node, f"callbacks.{name}") for name, node in config.callbacks.items()]
+    for callback in chosen:
+        if isinstance(callback, Samples):
+            callback.tokenizer = prepared.tokenizer
+    chosen.sort(key=save_order)  # stable
+    forecast = plan.forecast
+    callbacks: list[L.Callback] = [ValidateAtEnds()]
+    if config.stop_at_loss is not None:
+        callbacks.append(StopAtLoss(config.stop_at_loss))
+    callbacks.append(MetricsWriter(throughput, forecast.tokens_per_step, forecast.flops_per_token, forecast.peak_flops))
+    if config.trainer.get("enable_progress_bar") is not False:
+        callbacks.append(ProgressBar(forecast.tokens_per_step))
+    ema = [callback for callback in chosen if isinstance(callback, EMA)]
+    others = [callback for callback in chosen if not isinstance(callback, EMA)]
+    return [*callbacks, *others, GracefulStop(), *ema, throughput]
+
+
+def save_order(callback: L.Callback) -> int:
+    """Checkpoints come after whatever else happens at a step, the last one after the best."""
+    return {"BestCheckpoint": 1, "LastCheckpoint": 2}.get(type(callback).__name__, 0)
+
+
+# What it leaves
+
+
+@contextlib.contextmanager
+def recording(outcome: Outcome, loggers: list[Any]) -> Iterator[None]:
+    """Whatever happens, summary.json says how the run ended, and the curves are drawn."""
+    status = "failed"
+    try:
+        yield
+        status = "done"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except SystemExit as leaving:
+        status = "interrupted"
+        if leaving.code == 1:  # how Lightning ends on a second Ctrl-C
+            raise SystemExit(130) from None
+        raise
+    finally:
+        finish(loggers)
+        if outcome.trainer.is_global_zero:
+            leave(outcome, status)
+
+
+def leave(outcome: Outcome, status: str) -> None:
+    metrics = outcome.run_dir / "metrics.csv"
+    if metrics.exists():
+        title = f"{outcome.prepared.corpus}, {outcome.forecast.parameters:,} parameters"
+        draw_curves(metrics, outcome.run_dir / "curves.png", title)
+    write_summary(outcome, status)
+
+
+def point_latest(run_dir: Path) -> None:
+    """outputs/latest names the newest run."""
+    ckpt.LATEST.parent.mkdir(exist_ok=True)
+    temporary = ckpt.LATEST.with_name(f"latest.tmp-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(run_dir.resolve(), ckpt.LATEST.parent.resolve()), target_is_directory=True)
+    temporary.replace(ckpt.LATEST)

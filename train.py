@@ -1,0 +1,16 @@
+"""Train a GPT: python train.py [key=value ...]; python train.py --help says which."""
+
+from pathlib import Path
+
+from tinygpt import cli
+from tinygpt.config import TrainConfig
+
+
+def work(config: TrainConfig, run_dir: Path, overrides: list[str]) -> float | None:
+    from tinygpt.run import train  # torch and Lightning, which --help does not wait for
+
+    return train(config, run_dir, overrides)
+
+
+if __name__ == "__main__":
+    cli.main("train", TrainConfig, work, Path(__file__).parent / "conf")
