@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tinygpt import cli
-from tinygpt.config import EvaluateConfig
+from tinygpt.config import EvaluateConfig, UserError
 
 
 def work(config: EvaluateConfig, run_dir: Path, overrides: list[str]) -> None:
@@ -20,7 +20,7 @@ def work(config: EvaluateConfig, run_dir: Path, overrides: list[str]) -> None:
     prepared = prepare(data, data_dir(config.data_dir), cache_dir(config.cache_dir), tokenizer)
     tokens = prepared.tokens(config.split)
     if len(tokens) < 2:
-        raise cli.UserError(f"the split {config.split} holds {len(tokens)} tokens", "use a longer text, or split=all")
+        raise UserError(f"the split {config.split} holds {len(tokens)} tokens", "use a longer text, or split=all")
     limit = data.val_tokens if config.split == "val" else None
     metrics = evaluate(model, tokens, tokenizer.byte_lengths(), batch_size=config.batch_size, limit=limit)
     where = {"checkpoint": str(path), "corpus": prepared.corpus, "sha256": prepared.sha256, "split": config.split}

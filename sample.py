@@ -2,30 +2,43 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tinygpt import cli
-from tinygpt.config import SampleConfig
+from tinygpt.config import SampleConfig, UserError
+
+if TYPE_CHECKING:
+    from tinygpt.model import GPT
+    from tinygpt.tokenizer import Tokenizer
 
 
 def work(config: SampleConfig, run_dir: Path, overrides: list[str]) -> None:
     from tinygpt.checkpoint import load, pick_device  # torch, which --help does not wait for
-    from tinygpt.generate import generate_many, options, stream
+    from tinygpt.generate import generate_many, options
 
     model, tokenizer = load(config.ckpt, pick_device(config.device))
     settings = options(config)
     if config.interactive:
         from tinygpt.terminal import chat
 
-        return chat(model, tokenizer, **settings)
-    prompt = read_prompt(config.prompt)
-    if config.num_samples == 1:
-        pieces = stream(model, tokenizer, prompt, **settings)  # refuses the prompt here, before it is shown
-        print(prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        return print()
-    for number, text in enumerate(generate_many(model, tokenizer, prompt, config.num_samples, **settings), 1):
-        print(f"--- {number} of {config.num_samples} ---\n{text}")
+        chat(model, tokenizer, **settings)
+    elif config.num_samples == 1:
+        write_one(model, tokenizer, read_prompt(config.prompt), settings)
+    else:
+        texts = generate_many(model, tokenizer, read_prompt(config.prompt), config.num_samples, **settings)
+        for number, text in enumerate(texts, 1):
+            print(f"--- {number} of {config.num_samples} ---\n{text}")
+
+
+def write_one(model: "GPT", tokenizer: "Tokenizer", prompt: str, settings: dict[str, Any]) -> None:
+    """The prompt, and what follows as it is drawn."""
+    from tinygpt.generate import stream
+
+    pieces = stream(model, tokenizer, prompt, **settings)  # refuses the prompt here, before it is shown
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 def read_prompt(prompt: str) -> str:
@@ -38,7 +51,7 @@ def read_prompt(prompt: str) -> str:
         return Path(prompt[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise cli.UserError(f"the prompt file {prompt[1:]} cannot be read: {reason}", "check its name") from error
+        raise UserError(f"the prompt file {prompt[1:]} cannot be read: {reason}", "check its name") from error
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tinygpt.generate import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    last_logits,
     options,
     penalise_repetition,
     stream,
@@ -95,11 +96,19 @@ def test_top_k_is_that_of_transformers(given, k):
     assert torch.equal(keep_top_k(logits, k), TopKLogitsWarper(k)(None, logits))
 
 
-@given(logits_and_seed, st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.95, 0.999, 1.0]))
+@given(logits_and_seed, st.sampled_from([1e-9, 1e-6, 0.1, 0.5, 0.9, 0.95, 0.999, 1.0]))
 def test_top_p_is_that_of_transformers(given, p):
     from transformers import TopPLogitsWarper
 
     logits = random_logits(*given)
+    assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits))
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5, 0.75])
+def test_top_p_where_probabilities_reach_it_exactly(p):
+    from transformers import TopPLogitsWarper
+
+    logits = torch.zeros(1, 4)
     assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits))
 
 
@@ -129,9 +138,7 @@ def test_the_samplers_come_in_the_order_of_transformers(given, temperature):
     from transformers import TopPLogitsWarper as TopP
 
     logits = random_logits(*given)
-    theirs = LogitsProcessorList(
-        [TemperatureLogitsWarper(temperature), TopK(20), TopP(0.8), MinPLogitsWarper(0.1)]
-    )
+    theirs = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopK(20), TopP(0.8), MinPLogitsWarper(0.1)])
     ours = warp(logits, Sampling(temperature=temperature, top_k=20, top_p=0.8, min_p=0.1))
     assert torch.equal(ours, theirs(None, logits))
 
@@ -216,9 +223,7 @@ def test_past_the_block_the_newest_half_is_read_again():
 def test_with_the_cache_a_token_costs_one_token(monkeypatch):
     model, read = make_model(block_size=8), []
     features = model.features
-    monkeypatch.setattr(
-        model, "features", lambda idx, cache: read.append(idx.shape[1]) or features(idx, cache)
-    )
+    monkeypatch.setattr(model, "features", lambda idx, cache: read.append(idx.shape[1]) or features(idx, cache))
     tokens(model, ids(1, 3), 12, GREEDY)
     assert read == [3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4]
 
@@ -279,16 +284,23 @@ def test_each_module_gets_its_mode_back_and_dropout_is_off():
     assert model.training
 
 
-def test_inference_mode_does_not_leak_between_tokens():
-    steps = stream_tokens(make_model(), ids(), 3, GREEDY)
+def test_inference_mode_is_on_for_the_model_and_does_not_leak_between_tokens(monkeypatch):
+    model, modes = make_model(), []
+    head = model.head
+    monkeypatch.setattr(model, "head", lambda x: modes.append(torch.is_inference_mode_enabled()) or head(x))
+    steps = stream_tokens(model, ids(), 3, GREEDY)
     next(steps)
+    next(steps)
+    assert modes == [True, True]
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_any_float_type(dtype):
-    assert tokens(make_model().to(dtype), ids(), 20, Sampling(1.0, top_p=0.9)).shape == (2, 20)
+    model = make_model().to(dtype)
+    assert tokens(model, ids(), 20, Sampling(1.0, top_p=0.9)).shape == (2, 20)
+    assert last_logits(model, ids(), None).dtype == torch.float32  # sums of many probabilities need it
 
 
 def test_autocast():
@@ -377,8 +389,16 @@ def test_a_character_of_many_tokens_arrives_whole(monkeypatch):
     ],
 )
 def test_stop_strings(monkeypatch, stop, pieces):
-    Scripted(monkeypatch, CHARACTERS.encode("abcdef"))
+    engine = Scripted(monkeypatch, CHARACTERS.encode("abcdef"))
     assert list(stream(MODEL, CHARACTERS, "cd", stop=stop)) == pieces
+    ends = ["abcdef".find(word) + len(word) for word in stop if word in "abcdef"]
+    assert engine.steps == min(ends, default=6)  # no token is drawn that no one will see
+
+
+def test_nothing_follows_a_stop_string_not_even_half_a_character():
+    tokenizer = Pieces(["a", "b\udcf0"])
+    sample = Continuation(tokenizer, None, ["b"])
+    assert [sample.push(0), sample.push(1), sample.push(0), sample.finish()] == ["a", "", "", ""]
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
@@ -399,11 +419,11 @@ class Pieces(WordTokenizer):
     """Tokens are just strings."""
 
     def __init__(self, words):
-        super().__init__(words)
+        super().__init__([])
         self.words = words
 
     def piece(self, token, previous=None):
-        return self.words[token].encode()
+        return self.words[token].encode("utf-8", "surrogateescape")
 
 
 def test_finished_samples_hold_nothing_up(monkeypatch):
@@ -441,9 +461,7 @@ def test_an_empty_prompt_starts_somewhere_that_is_not_shown(tokenizer, token):
     assert text == tokenizer.decode(ends)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "text"), [("to", "to be"), ("to ", "to be"), ("", "be"), ("to\n", "to\nbe")]
-)
+@pytest.mark.parametrize(("prompt", "text"), [("to", "to be"), ("to ", "to be"), ("", "be"), ("to\n", "to\nbe")])
 def test_words_join_the_prompt_with_one_space(monkeypatch, prompt, text):
     tokenizer = WordTokenizer(["to", "be", "\n"])
     Scripted(monkeypatch, tokenizer.encode("be"))
@@ -503,8 +521,8 @@ from tinygpt.tokenizer import CharTokenizer
 tokenizer = CharTokenizer("abx")
 model = tinygpt.GPT(tinygpt.ModelConfig(n_layer=1), tokenizer.vocab_size)
 for _ in range(2):
-    assert len(tinygpt.generate(model, tokenizer, "x", max_new_tokens=5)) == 6
     assert tinygpt.generate.Sampling
+    assert len(tinygpt.generate(model, tokenizer, "x", max_new_tokens=5)) == 6
 from tinygpt import generate
 assert generate is tinygpt.generate
 import sys

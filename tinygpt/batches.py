@@ -84,9 +84,7 @@ def validation_length(tokens: TokenSource, limit: int | None) -> int:
     return min(len(tokens), limit or len(tokens))
 
 
-def validation_batch(
-    tokens: TokenSource, block_size: int, first: int, last: int, limit: int | None = None
-) -> Integers:
+def validation_batch(tokens: TokenSource, block_size: int, first: int, last: int, limit: int | None = None) -> Integers:
     """(last - first, block_size + 1): the windows [first, last) with their targets; what is past the end is IGNORED."""
     n = validation_length(tokens, limit)
     batch = np.full((last - first, block_size + 1), IGNORED, dtype=np.int64)

@@ -74,7 +74,7 @@ def find(ckpt: str | Path, which: str = "best") -> Path:
 def open_checkpoint(path: Path) -> dict[str, Any]:
     """The whole dictionary of a checkpoint file, tensors memory-mapped; UserError where it cannot be used."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is not a checkpoint that can be opened safely", NOT_OURS) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError, ValueError) as error:

@@ -18,13 +18,14 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tinygpt.config import BUDGETS, UserError, all_keys, from_dict, inner_schema, nearest
 from tinygpt.help import print_help
+from tinygpt.sweep import rank
 
 VERBATIM = ("prompt", "ckpt", "resume", "init_from", "out", "data.path")
 OPEN_GROUPS = ("trainer", "logger", "callbacks")  # theirs: checked against signatures when they are built
@@ -41,7 +42,8 @@ def main(verb: str, schema: type, work: Work, conf: Path) -> None:
     debug = any(argument.lower() in ("debug=true", "debug=1") for argument in argv)
     with reporting(schema, debug):
         if "--help" in argv or "-h" in argv:
-            return print_help(verb, schema, conf)
+            print_help(verb, schema, conf)
+            return
         register(verb, schema)
         overrides = [prepare_override(argument) for argument in one_budget(argv)]
         if verb == "train":
@@ -137,7 +139,7 @@ def refuse_unknown(values: dict[Any, Any], schema: type, prefix: str) -> None:
 def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[str]) -> None:
     """Hydra's own main: it makes the run directory, writes .hydra/ and train.log, and runs sweeps."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `reporting` as they are
-    given, failed, sweep_dirs = sys.argv, [], set[Path]()
+    given, errors, sweeps = sys.argv, list[Exception](), set[Path]()
 
     def job(config: DictConfig) -> float | None:
         sys.argv = given  # what Lightning starts the other processes of a run with
@@ -145,28 +147,33 @@ def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[s
         try:
             with clean_up(run_dir):
                 return work(to_schema(config, schema), run_dir, list(settings.overrides.task))
-        except UserError as error:
-            if settings.mode != RunMode.MULTIRUN or config.get("debug"):
-                raise
-            complain(error)  # the other jobs go on
-            failed.append(run_dir)
+        except Exception as error:  # raised again below: Hydra would print a line of its own before ours
+            errors.append(error)
+            if settings.mode == RunMode.MULTIRUN and isinstance(error, UserError):
+                complain(error)  # and the other jobs go on
             return None
         finally:
-            sys.argv = [given[0], *overrides]
             if settings.mode == RunMode.MULTIRUN:
-                sweep_dirs.add(Path(settings.sweep.dir))
+                sweeps.add(Path(settings.sweep.dir))
 
-    sys.argv = [given[0], *overrides]
     try:
+        sys.argv = [given[0], *overrides]
         hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=verb)(job)()
+    except OSError as error:  # the job's own are in `errors`
+        raise UserError(f"the run directory cannot be written: {error}", "choose another hydra.run.dir") from error
     finally:
         sys.argv = given
-    for folder in sweep_dirs:
-        from tinygpt.sweep import rank
+    settle(sweeps, errors)
 
+
+def settle(sweeps: set[Path], errors: list[Exception]) -> None:
+    """Rank what a sweep has run; raise what a single run failed with."""
+    for folder in sweeps:
         rank(folder)
-    if failed:
-        sys.exit(2)
+    if errors and not sweeps:
+        raise errors[0]
+    if errors:
+        sys.exit(2 if all(isinstance(error, UserError) for error in errors) else 1)
 
 
 @contextlib.contextmanager
@@ -201,9 +208,9 @@ def explain(error: Exception, schema: type) -> UserError:
             f"cannot read {error.override}", "write key=value; quote what holds , [ ] { } ( ) or spaces: 'key=\"a, b\"'"
         )
     if found := re.search(r"Could not override '([^']+)'", text):
-        return unknown_key(found[1], text, schema)
+        return unknown_key(found[1], schema)
     if found := re.search(r"full_key: (\S+)", text):
-        return UserError(f"{found[1]}: {text.splitlines()[0]}", "see --help for its meaning and type")
+        return wrong_value(found[1], text)
     return UserError(" ".join(text.splitlines()[:2]), "see --help for the keys and their values")
 
 
@@ -221,8 +228,10 @@ def unknown_choice(path: str, text: str) -> UserError:
     return UserError(f"there is no {group}={name}", nearest(name, choices, f"{group}="))
 
 
-def unknown_key(key: str, text: str, schema: type) -> UserError:
-    wrong = re.search(r"(Value .* could not be converted to \w+|.* is not (?:a |an )?.*|.*not supported.*)", text)
-    if "not in" not in text and wrong:
-        return UserError(f"{key}: {wrong[1]}", "see --help for its meaning and type")
+def wrong_value(key: str, text: str) -> UserError:
+    reason = re.search(r"^(?:Value|Cannot|Incompatible|Invalid|field|Non optional).*", text, flags=re.MULTILINE)
+    return UserError(f"{key}: {reason[0] if reason else text.splitlines()[-1]}", "see --help for its meaning and type")
+
+
+def unknown_key(key: str, schema: type) -> UserError:
     return UserError(f"there is no key {key}", nearest(key, all_keys(schema)))

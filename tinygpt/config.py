@@ -7,6 +7,7 @@ they stay plain dictionaries.
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +39,7 @@ def group(kind: type, help: str) -> Any:
     return field(default_factory=kind, metadata={"help": help})
 
 
-_TESTS = {
+_TESTS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "ge": ("at least", lambda value, limit: value >= limit),
     "gt": ("above", lambda value, limit: value > limit),
     "le": ("at most", lambda value, limit: value <= limit),
@@ -69,7 +70,9 @@ class ModelConfig:
     n_embd: int = option(128, "width of the residual stream", ge=1)
     block_size: int = option(64, "longest context, in tokens", ge=1)
     n_kv_head: int | None = option(None, "key/value heads (grouped-query attention); null: n_head", ge=1)
-    n_inner: int | None = option(None, "width inside the MLP; null: 4 n_embd, for swiglu 8/3 n_embd up to a multiple of 32", ge=1)
+    n_inner: int | None = option(
+        None, "width inside the MLP; null: 4 n_embd, for swiglu 8/3 n_embd up to a multiple of 32", ge=1
+    )
     norm: str = option("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
     norm_eps: float = option(1e-5, "added to the variance in every norm", gt=0)
     position: str = option("learned", "positions: a table, or rotations of queries and keys", choices=("learned", "rope"))

@@ -24,6 +24,7 @@ class TextMetrics(Metric):
     correct: Tensor
     tokens: Tensor
     bytes: Tensor
+    byte_lengths: Tensor
 
     def __init__(self, byte_lengths: np.ndarray[Any, Any] | None) -> None:
         """byte_lengths: the UTF-8 bytes that each token id stands for; None where the tokenizer loses text."""

@@ -138,7 +138,7 @@ class Probe:
             with self.context():
                 logits = model(part[:, :-1])
                 loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if optimizer is not None:
             optimizer.step()
@@ -157,7 +157,8 @@ class Probe:
             with self.context():
                 logits = model(batch[:, :-1]).flatten(0, 1).float()
             nll = F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
-            return nll + (logits.argmax(dim=-1) == batch[:, 1:].flatten()).sum()
+            correct: Tensor = (logits.argmax(dim=-1) == batch[:, 1:].flatten()).sum()
+            return nll + correct
 
         return timed(work, self.device, budget=0.3) / rows
 
@@ -182,8 +183,10 @@ class Probe:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), self.context():
-            kept = model(self.tokens(1)[:, :-1])  # alive to the end, so that no address is used twice
-        return sum(storages.values()) + 0 * kept.numel()
+            kept = model(self.tokens(1)[:, :-1])  # alive while counting, so that no address is used twice
+        total = sum(storages.values())
+        del kept
+        return total
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:

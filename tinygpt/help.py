@@ -17,7 +17,10 @@ EXAMPLES = {
         'python sample.py ckpt=latest prompt="To be" temperature=0.8 top_k=50',
         "python sample.py ckpt=latest interactive=true",
     ),
-    "evaluate": ("python evaluate.py ckpt=latest split=val", "python evaluate.py ckpt=latest data=text data.path=my.txt"),
+    "evaluate": (
+        "python evaluate.py ckpt=latest split=val",
+        "python evaluate.py ckpt=latest data=text data.path=my.txt",
+    ),
 }
 
 
@@ -56,8 +59,8 @@ def key_lines(schema: type, prefix: str) -> list[str]:
 
 
 def default_text(item: dataclasses.Field[object]) -> str:
-    missing = dataclasses.MISSING
-    value = item.default if item.default is not missing else item.default_factory()  # type: ignore[misc]
+    made = item.default_factory
+    value = item.default if made is dataclasses.MISSING else made()
     choices = item.metadata.get("choices")
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return f"[{shown.strip(chr(39)) or repr('')}" + (f"; one of {', '.join(choices)}]" if choices else "]")

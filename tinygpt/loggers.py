@@ -81,16 +81,14 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     return [row for row in rows if row.get("step") and None not in row.values()]
 
 
-def wandb(
-    project: str, save_dir: str | Path, name: str | None = None, id: str | None = None, mode: str = "auto"
-) -> Logger:
+def wandb(project: str, save_dir: str | Path, name: str | None = None, id: str | None = None, mode: str = "auto") -> Logger:
     """A W&B run: online where there is a key and a server, else offline, which it says once with how to upload it.
 
     id continues that run. mode: auto | online | offline. Raises UserError where wandb is not installed.
     """
     if mode not in ("auto", "online", "offline"):
         raise UserError(f"logger.wandb.mode={mode} is not known", "choose one of: auto, online, offline")
-    if rank_zero_only.rank != 0:  # only the first process talks to W&B
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # only the first process talks to W&B
         return CSVLogger(save_dir)
     try:
         import wandb as library
@@ -99,14 +97,17 @@ def wandb(
     from lightning.pytorch.loggers import WandbLogger
 
     settings = library.Settings(init_timeout=20, console="off", silent=True, disable_git=True)
-    options = {"project": project, "name": name, "id": id, "dir": str(save_dir), "settings": settings}
+    options: dict[str, Any] = {"project": project, "name": name, "id": id, "dir": str(save_dir), "settings": settings}
     run = None
     if mode == "online" or (mode == "auto" and has_key()):
         run = connect(library, options, required=mode == "online")
     if run is None:
         run = library.init(mode="offline", **options)
         folder = Path(run.settings.sync_dir)
-        print(f"W&B: no key or no server, so this run is kept offline; upload it with: wandb sync {folder}", file=sys.stderr)
+        print(
+            f"W&B: no key or no server, so this run is kept offline; upload it with: wandb sync {folder}",
+            file=sys.stderr,
+        )
     return WandbLogger(experiment=run, save_dir=str(save_dir))
 
 

@@ -130,7 +130,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), rope, cache)
-        return x + self.mlp(self.ln_2(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
 
 
 class GPT(nn.Module):
@@ -176,11 +177,12 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
             x = block(x, rope, cache)
-        return self.ln_f(x)
+        normed: Tensor = self.ln_f(x)
+        return normed
 
     def head(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) to logits (..., vocab_size)."""
-        logits = self.lm_head(x)
+        logits: Tensor = self.lm_head(x)
         if self.config.logit_softcap is not None:  # Gemma 2, arXiv:2408.00118
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits

@@ -50,7 +50,8 @@ class MetricsWriter(L.Callback):
         self.logged_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0 and not validation_due(trainer):
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0 and not validation_due(trainer):
             self.write(trainer, pl_module, validated=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -105,7 +106,7 @@ class ProgressBar(L.Callback):
             TextColumn("left"),
         )
         self.bar = Progress(*columns, console=self.console, transient=False)
-        fields = {"loss": "-", "val": self.val(pl_module), "rate": ""}
+        fields: dict[str, Any] = {"loss": "-", "val": self.val(pl_module), "rate": ""}
         self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, **fields)
         self.bar.start()
 

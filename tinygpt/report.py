@@ -1,6 +1,5 @@
 """What a run says of itself: the forecast before it, summary.json and the closing panel after it."""
 
-import json
 import math
 import platform
 import resource
@@ -26,6 +25,7 @@ from tinygpt.generate import generate
 from tinygpt.lit import LitGPT
 from tinygpt.progress import Throughput
 from tinygpt.shards import Prepared
+from tinygpt.summary import read_summary, store_summary
 
 SAMPLE_TOKENS = 300
 
@@ -117,17 +117,7 @@ def write_summary(outcome: Outcome, status: str) -> None:
         "versions": versions(),
         "overrides": outcome.overrides,
     }
-    path = outcome.run_dir / "summary.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(finite(summary), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: null."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    store_summary(outcome.run_dir, summary)
 
 
 def peak_memory(trainer: L.Trainer) -> int:
@@ -141,15 +131,6 @@ def peak_memory(trainer: L.Trainer) -> int:
 def versions() -> dict[str, str]:
     names = ("torch", "lightning", "hydra-core")
     return {"tinygpt": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def read_summary(run_dir: Path) -> dict[str, Any]:
-    """summary.json, or nothing where there is none that can be read."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def print_result(outcome: Outcome) -> None:

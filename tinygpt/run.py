@@ -6,9 +6,7 @@
 import contextlib
 import logging
 import os
-import resource
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 
 from tinygpt import checkpoint as ckpt
 from tinygpt.batches import validation_windows
-from tinygpt.callbacks import BestCheckpoint, EMA, GracefulStop, Samples, StopAtLoss, ValidateAtEnds
+from tinygpt.callbacks import EMA, GracefulStop, Samples, StopAtLoss, ValidateAtEnds
 from tinygpt.config import TrainConfig, UserError, from_dict
 from tinygpt.corpus import cache_dir, data_dir
 from tinygpt.data import TextData, make_order
@@ -29,9 +27,11 @@ from tinygpt.loggers import finish
 from tinygpt.model import GPT
 from tinygpt.plots import draw_curves
 from tinygpt.progress import MetricsWriter, ProgressBar, Throughput
-from tinygpt.report import Outcome, print_result, read_summary, say_forecast, write_summary
+from tinygpt.report import Outcome, print_result, say_forecast, write_summary
 from tinygpt.shards import Prepared, prepare
+from tinygpt.summary import read_summary
 from tinygpt.targets import build
+from tinygpt.tokenizer import from_state
 from tinygpt.trainer import accelerator, check_trainer, make_trainer, precision, total_steps, world_size
 
 log = logging.getLogger("tinygpt")
@@ -144,7 +144,7 @@ def refuse_changes(config: TrainConfig, prepared: Prepared, card: dict[str, Any]
 
 def prepare_data(config: TrainConfig, source: dict[str, Any] | None) -> Prepared:
     """The corpus as tokens; a checkpoint that the run starts from brings its tokenizer."""
-    tokenizer = ckpt.from_state(source["tinygpt"]["tokenizer"]) if source else None
+    tokenizer = from_state(source["tinygpt"]["tokenizer"]) if source else None
     if source and config.resume and asdict(config.data.tokenizer) != source["tinygpt"]["config"]["data"]["tokenizer"]:
         tokenizer = None  # refuse_changes names it
     return prepare(config.data, data_dir(config.data_dir), cache_dir(config.cache_dir), tokenizer)

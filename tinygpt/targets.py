@@ -20,7 +20,7 @@ def build(node: dict[str, Any], key: str, **injected: Any) -> Any:
     key names the node in messages. Raises UserError for a target outside ALLOWED, a wrong name or refused arguments.
     """
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-        raise UserError(f"{key} has no _target_", f"say which class it is, for example {key}._target_=tinygpt.callbacks.EMA")
+        raise UserError(f"{key} has no _target_", f"say which class: {key}._target_=tinygpt.callbacks.EMA, for example")
     target = find_target(node["_target_"], key)
     arguments = {name: value for name, value in node.items() if name != "_target_"}
     accepted = inspect.signature(target).parameters

@@ -38,7 +38,7 @@ def check_trainer(settings: dict[str, Any]) -> None:
             raise UserError(f"there is no key trainer.{name}", nearest(name, [*known, "max_tokens"], "trainer."))
     interval = settings.get("val_check_interval")
     if isinstance(interval, bool) or not isinstance(interval, int | None) or (interval is not None and interval < 1):
-        raise UserError(f"trainer.val_check_interval={interval} is out of range", "a number of optimizer steps, 1 or more")
+        raise UserError(f"trainer.val_check_interval={interval} is out of range", "it counts optimizer steps: 1 or more")
 
 
 def accelerator(settings: dict[str, Any]) -> str:
@@ -76,13 +76,12 @@ def world_size(settings: dict[str, Any], device: str) -> int:
         return int(os.environ["WORLD_SIZE"])
     devices = settings.get("devices", 1)
     here = torch.cuda.device_count() if device == "cuda" else 1
-    if devices in ("auto", -1, "-1", None):
-        count = here
-    else:
-        count = len(devices) if isinstance(devices, list) else int(devices)
+    listed = len(devices) if isinstance(devices, list) else devices
+    count = here if listed in ("auto", -1, "-1", None) else int(listed)
     if device == "cuda" and count > here:
         raise UserError(f"trainer.devices={devices}: there are {here} GPUs here", f"use trainer.devices={here}")
-    return max(1, count * int(settings.get("num_nodes") or 1))
+    nodes = int(settings.get("num_nodes") or 1)
+    return max(1, count) * nodes
 
 
 def total_steps(settings: dict[str, Any], batch_size: int, block_size: int, windows_per_epoch: int) -> int:
@@ -135,5 +134,6 @@ def quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*The number of training batches.*",
         ".*GPU available but not used.*",
+        ".*sync_dist=True.*",  # torchmetrics has reduced these values already
     ):
         warnings.filterwarnings("ignore", message=message)
