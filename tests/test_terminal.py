@@ -1,6 +1,7 @@
 """The `>>` prompt: through a pipe, on a real terminal, and with every way to end a text or a session."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -108,8 +109,10 @@ def test_on_a_terminal_ctrl_c_ends_the_text_and_ctrl_d_the_session():
 def read_until(screen, end, seconds=30):
     seen, deadline = b"", time.monotonic() + seconds
     while end not in seen:
-        assert time.monotonic() < deadline, seen[-500:]
+        ready, _, _ = select.select([screen], [], [], max(0, deadline - time.monotonic()))
+        assert ready, seen[-500:]
         seen += os.read(screen, 1)
+    return seen
 
 
 def test_a_setting_outside_its_limits_is_said_at_each_line(monkeypatch, capsys):

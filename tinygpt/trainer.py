@@ -77,7 +77,7 @@ def world_size(settings: dict[str, Any], device: str) -> int:
     devices = settings.get("devices", 1)
     here = torch.cuda.device_count() if device == "cuda" else 1
     listed = len(devices) if isinstance(devices, list) else devices
-    count = here if listed in ("auto", -1, "-1", None) else int(listed)
+    count: int = here if listed in ("auto", -1, "-1", None) else int(listed)
     if device == "cuda" and count > here:
         raise UserError(f"trainer.devices={devices}: there are {here} GPUs here", f"use trainer.devices={here}")
     nodes = int(settings.get("num_nodes") or 1)
@@ -87,7 +87,7 @@ def world_size(settings: dict[str, Any], device: str) -> int:
 def total_steps(settings: dict[str, Any], batch_size: int, block_size: int, windows_per_epoch: int) -> int:
     """Optimizer steps that the budget buys; an epoch is one visit of every window."""
     name = next(name for name in BUDGETS if settings.get(name) is not None)
-    value = settings[name]
+    value = float(settings[name])
     units = {"max_steps": 1.0, "max_tokens": batch_size * block_size, "max_epochs": batch_size / windows_per_epoch}
     return max(1, math.ceil(round(value / units[name], 6)))
 
