@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import cli
-from tinygpt.config import SampleConfig, UserError
+from tinygpt.config import SampleConfig, UserError, unescape
 
 if TYPE_CHECKING:
     from tinygpt.model import GPT
@@ -14,20 +14,21 @@ if TYPE_CHECKING:
 
 def work(config: SampleConfig, run_dir: Path, overrides: list[str]) -> None:
     from tinygpt.checkpoint import load, pick_device  # torch, which --help does not wait for
-    from tinygpt.generate import generate_many, options
+    from tinygpt.generate import generate_many, opening, options
+    from tinygpt.terminal import chat, warn_if_cropped
 
     model, tokenizer = load(config.ckpt, pick_device(config.device))
-    settings = options(config)
+    settings = options(config) | {"stop": [unescape(text) for text in config.stop]}
     if config.interactive:
-        from tinygpt.terminal import chat
-
         chat(model, tokenizer, **settings)
-    elif config.num_samples == 1:
-        write_one(model, tokenizer, read_prompt(config.prompt), settings)
-    else:
-        texts = generate_many(model, tokenizer, read_prompt(config.prompt), config.num_samples, **settings)
-        for number, text in enumerate(texts, 1):
-            print(f"--- {number} of {config.num_samples} ---\n{text}")
+        return
+    prompt = opening(read_prompt(config.prompt), tokenizer)
+    warn_if_cropped(model, tokenizer, prompt)
+    if config.num_samples == 1:
+        write_one(model, tokenizer, prompt, settings)
+        return
+    for number, text in enumerate(generate_many(model, tokenizer, prompt, config.num_samples, **settings), 1):
+        print(f"--- {number} of {config.num_samples} ---\n{text}")
 
 
 def write_one(model: "GPT", tokenizer: "Tokenizer", prompt: str, settings: dict[str, Any]) -> None:

@@ -25,10 +25,11 @@ from tinygpt.evaluate import evaluate
 from tinygpt.model import GPT
 from tinygpt.shards import prepare
 
-RECIPE = (
-    "--device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12 --n_layer=4 "
-    "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --always_save_checkpoint=True"
-).split()
+RECIPE = [
+    *("--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100", "--block_size=64", "--batch_size=12"),
+    *("--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
+    "--always_save_checkpoint=True",
+]
 # nanoGPT fixes its seed in the code; this moves it.
 SEEDED = """
 import runpy, sys, torch

@@ -1,9 +1,12 @@
 """What several test files share. Small: a fixture that one file needs lives in that file."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
+import scripts
+import tiny
 from hypothesis import settings
 
 # The same examples each time, and no test depends on the speed of a machine.
@@ -18,6 +21,47 @@ def shared_data() -> Path:
     if not folder:
         pytest.skip("set TINYGPT_DATA_DIR to a folder with tinyshakespeare/, tiktoken_cache/ and golden/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """A folder in which `train.py` has run once; `tiny_run/outputs/latest` is the run. Not to be written to."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_run"  # all workers share one
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        wait_for(folder / "done")
+    else:
+        make_tiny_run(folder)
+    return folder
+
+
+def make_tiny_run(folder: Path) -> None:
+    (folder / "it's, a=[text].txt").write_text(tiny.text() + "\n", encoding="utf-8")
+    done = scripts.run(
+        "train",
+        *scripts.SMALL,
+        "data=text",
+        "data.path=it's, a=[text].txt",
+        "trainer.max_steps=20",
+        "trainer.val_check_interval=10",
+        "optimizer.lr=1e-2",
+        "optimizer.warmup_steps=2",
+        cwd=folder,
+        env={"TINYGPT_CACHE_DIR": str(folder / "cache")},
+    )
+    (folder / "stdout").write_text(done.stdout, encoding="utf-8")
+    (folder / "stderr").write_text(done.stderr, encoding="utf-8")
+    (folder / "done").write_text(str(done.code))
+    assert done.code == 0, done.stderr
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.1)
 
 
 @pytest.fixture

@@ -187,9 +187,7 @@ def test_the_penalty_remembers_what_the_block_has_dropped():
 # The engine
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"bias": True, "mlp": "gelu_tanh"}, LLAMA_LIKE], ids=["plain", "gpt2", "llama"]
-)
+@pytest.mark.parametrize("options", [{}, {"bias": True, "mlp": "gelu_tanh"}, LLAMA_LIKE], ids=["plain", "gpt2", "llama"])
 @pytest.mark.parametrize("block_size", [1, 2, 3, 16])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
 def test_the_cache_changes_no_token_also_far_past_the_block(options, block_size, length):

@@ -90,9 +90,7 @@ def test_logits_loss_and_every_gradient_equal_gpt2_in_float64(golden):
 def test_greedy_ids_equal_gpt2(golden):
     _, values, model = golden
     ids, prompt_length = values["greedy_ids"], 4  # it begins as the first row of input_ids does
-    steps = stream_tokens(
-        model, ids[:, :prompt_length], ids.shape[1] - prompt_length, Sampling(temperature=0)
-    )
+    steps = stream_tokens(model, ids[:, :prompt_length], ids.shape[1] - prompt_length, Sampling(temperature=0))
     assert torch.stack(list(steps), dim=1).tolist() == ids[:, prompt_length:].tolist()
 
 
@@ -114,9 +112,7 @@ def test_ten_steps_of_adamw_equal_gpt2(golden, shared_data):
     assert norms == pytest.approx(case["train"]["grad_norms_before_clip"], abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"activation_function": "gelu", "n_inner": 20}, {"tie_word_embeddings": False}]
-)
+@pytest.mark.parametrize("changes", [{}, {"activation_function": "gelu", "n_inner": 20}, {"tie_word_embeddings": False}])
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_gpt2_weights_from_hugging_face(changes, prefix):
     reference = hf_gpt2(**changes)
@@ -197,9 +193,7 @@ def test_a_config_with_something_that_gpt_does_not_have_is_refused(read, config,
         read(config)
 
 
-FAMILIES = list(
-    product(("layernorm", "rmsnorm"), ("learned", "rope"), ("gelu", "gelu_tanh", "swiglu", "relu2"))
-)
+FAMILIES = list(product(("layernorm", "rmsnorm"), ("learned", "rope"), ("gelu", "gelu_tanh", "swiglu", "relu2")))
 EXTRAS = {"n_kv_head": 2, "qk_norm": True, "logit_softcap": 5.0, "bias": True}
 
 
@@ -207,9 +201,7 @@ EXTRAS = {"n_kv_head": 2, "qk_norm": True, "logit_softcap": 5.0, "bias": True}
 @pytest.mark.parametrize(("norm", "position", "mlp"), FAMILIES)
 def test_a_token_changes_no_logits_before_it(norm, position, mlp, extras):
     torch.manual_seed(0)
-    config = ModelConfig(
-        n_layer=2, n_head=4, n_embd=16, block_size=12, norm=norm, position=position, mlp=mlp, **extras
-    )
+    config = ModelConfig(n_layer=2, n_head=4, n_embd=16, block_size=12, norm=norm, position=position, mlp=mlp, **extras)
     model = GPT(config, 20).eval()
     for parameter in model.parameters():  # at their initial size the differences would be tiny
         parameter.data *= 5
@@ -233,9 +225,7 @@ def test_the_order_of_tokens_matters(position):
 
 
 @pytest.mark.parametrize("init", ["gpt2", "normal", "zero_proj"])
-@pytest.mark.parametrize(
-    "family", [{}, {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": True}]
-)
+@pytest.mark.parametrize("family", [{}, {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": True}])
 def test_the_initial_loss_is_that_of_guessing(init, family):
     torch.manual_seed(0)
     model = GPT(ModelConfig(init=init, **family), 65)

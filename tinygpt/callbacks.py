@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinygpt.checkpoint import durable_save
 from tinygpt.config import UserError
-from tinygpt.generate import generate
+from tinygpt.generate import generate, opening
 from tinygpt.lit import LitGPT
 from tinygpt.tokenizer import Tokenizer
 
@@ -117,8 +117,7 @@ class StopAtLoss(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, LitGPT)
         if trainer.global_step % self.every_n_steps == 0:
-            reached = pl_module.last_step["train/loss"] <= self.loss
-            trainer.should_stop = trainer.should_stop or trainer.strategy.reduce_boolean_decision(bool(reached))
+            trainer.should_stop = trainer.should_stop or pl_module.step_loss() <= self.loss
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.should_stop = trainer.should_stop or val_loss(pl_module) <= self.loss
@@ -136,15 +135,24 @@ class EMA(L.Callback):
             raise UserError(f"callbacks.ema.decay={decay} is out of range", "it must be in [0, 1)")
         self.decay = decay
         self.other: dict[str, Tensor] = {}  # the average; while `swapped`, the weights of the training
-        self.swapped = False
+        self.swapped, self.step = False, 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.other:
-            self.other = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        start = {name: p.detach() for name, p in pl_module.named_parameters()}
+        self.other = {name: self.other.get(name, p).to(p.device, copy=True) for name, p in start.items()}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        weights = [p.detach() for p in pl_module.parameters()]
-        torch._foreach_lerp_(list(self.other.values()), weights, 1 - self.decay)
+        self.follow(trainer, pl_module)
+
+    def follow(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the weights of this step into the average, once: a checkpoint may be saved before it is our turn."""
+        if self.step != trainer.global_step:
+            weights = [p.detach() for p in pl_module.parameters()]
+            torch._foreach_lerp_(list(self.other.values()), weights, 1 - self.decay)
+            self.step = trainer.global_step
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.swap(pl_module)
@@ -161,6 +169,7 @@ class EMA(L.Callback):
         self.swapped = not self.swapped
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.follow(trainer, pl_module)
         now = {name: p.detach() for name, p in pl_module.named_parameters()}
         average, training = (now, self.other) if self.swapped else (self.other, now)
         checkpoint["training_weights"] = training
@@ -172,8 +181,7 @@ class EMA(L.Callback):
     @torch.no_grad()
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         average, training = checkpoint["state_dict"], checkpoint.get("training_weights")
-        device = pl_module.device
-        self.other = {name: average[name].to(device, copy=True) for name, _ in pl_module.named_parameters()}
+        self.other = {name: average[name].clone() for name, _ in pl_module.named_parameters()}
         if training:
             for name, p in pl_module.named_parameters():
                 p.copy_(training[name])
@@ -193,7 +201,7 @@ class Samples(L.Callback):
         text = generate(
             pl_module.model,
             self.tokenizer,
-            self.prompt,
+            opening(self.prompt, self.tokenizer),
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
@@ -247,7 +255,8 @@ class GracefulStop(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step < trainer.max_steps and (number := self.agree(trainer)):
-            raise SystemExit(128 + number)  # last.ckpt has just been written
+            trainer.save_checkpoint(checkpoint_path(trainer, "last"))
+            raise SystemExit(128 + number)
 
     def agree(self, trainer: L.Trainer) -> int:
         """The signal that any process has seen, or 0."""

@@ -92,13 +92,14 @@ NOT_OURS = "use a checkpoint that `python train.py` wrote, for example outputs/l
 
 def build_model(checkpoint: dict[str, Any]) -> GPT:
     """The GPT of an opened checkpoint, on its memory-mapped weights: nothing is initialised or copied."""
-    card = checkpoint["tinygpt"]
-    with torch.device("meta"):
-        model = GPT(ModelConfig(**card["model"]), card["vocab_size"])
-    prefix = "model."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    card, prefix = checkpoint["tinygpt"], "model."
     try:
+        with torch.device("meta"):
+            model = GPT(ModelConfig(**card["model"]), card["vocab_size"])
+        weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         model.load_state_dict(weights, assign=True)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint does not describe a model of tinygpt's: {error!r}", NOT_OURS) from error
     except RuntimeError as error:
         raise UserError(f"the checkpoint's weights do not fit its model: {first_line(error)}", NOT_OURS) from error
     if model.config.tie_embeddings:

@@ -6,12 +6,14 @@ gets back is a plain dataclass.
 
 import contextlib
 import dataclasses
+import difflib
 import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,9 @@ from tinygpt.help import print_help
 from tinygpt.sweep import rank
 
 VERBATIM = ("prompt", "ckpt", "resume", "init_from", "out", "data.path")
+NULLABLE = ("resume", "init_from", "out", "data.path")  # elsewhere null is a word like any other
 OPEN_GROUPS = ("trainer", "logger", "callbacks")  # theirs: checked against signatures when they are built
+HYDRA_FLAGS = ("-m", "--multirun", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "--version")
 
 Work = Callable[[Any, Path, list[str]], float | None]
 
@@ -44,9 +48,14 @@ def main(verb: str, schema: type, work: Work, conf: Path) -> None:
         if "--help" in argv or "-h" in argv:
             print_help(verb, schema, conf)
             return
+        refuse_unchosen(argv, schema)
+        refuse_flags(argv, HYDRA_FLAGS if verb == "train" else ())
         register(verb, schema)
         overrides = [prepare_override(argument) for argument in one_budget(argv)]
         if verb == "train":
+            check_resume(argv)
+            if not any(argument.startswith("-") for argument in argv):
+                compose(verb, schema, conf, overrides)  # what is wrong is said before there is a run directory
             run_hydra(verb, schema, work, conf, overrides)
         else:
             work(compose(verb, schema, conf, overrides), Path.cwd(), overrides)
@@ -91,16 +100,39 @@ def register(verb: str, schema: type) -> None:
 
 def one_budget(argv: list[str]) -> list[str]:
     """A budget on the command line takes the place of the one in the config."""
-    given = [name for name in BUDGETS if any(argument.startswith(f"trainer.{name}=") for argument in argv)]
+    said = dict(argument.split("=", 1) for argument in argv if "=" in argument)
+    given = [name for name in BUDGETS if said.get(f"trainer.{name}", "null") != "null"]
     if not given:
         return argv
     return [*argv, *(f"trainer.{name}=null" for name in BUDGETS if name not in given)]
 
 
+def refuse_flags(argv: list[str], known: Sequence[str]) -> None:
+    for argument in argv:
+        if argument.startswith("-") and argument.partition("=")[0] not in known:
+            raise UserError(f"there is no option {argument}", "settings are written key=value; --help shows them")
+
+
+def refuse_unchosen(argv: list[str], schema: type) -> None:
+    """A group that is null unless chosen has no keys before it is."""
+    for item in dataclasses.fields(schema):
+        inside = [argument for argument in argv if argument.lstrip("+").startswith((f"{item.name}.", f"{item.name}/"))]
+        chosen = any(argument.lstrip("+").startswith(f"{item.name}=") for argument in argv)
+        if inner_schema(item) and item.default is None and inside and not chosen:
+            raise UserError(f"{inside[0]} needs {item.name}=...", f"choose it first: {item.name}=text, for example")
+
+
+def check_resume(argv: list[str]) -> None:
+    """resume=auto looks for the run where this one would go: that must be the same place each time."""
+    fixed = any(argument.startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for argument in argv)
+    if "resume=auto" in argv and not fixed:
+        raise UserError("resume=auto needs a fixed run directory", "name it: hydra.run.dir=outputs/NAME")
+
+
 def prepare_override(argument: str) -> str:
     """Quote values that are taken verbatim, so that Hydra's grammar and OmegaConf's `${` leave them alone."""
     key, separator, value = argument.partition("=")
-    if not separator or key not in VERBATIM or value == "null":
+    if not separator or key not in VERBATIM or (value == "null" and key in NULLABLE):
         return argument
     return f"{key}={quote(value)}"
 
@@ -110,13 +142,17 @@ def quote(value: str) -> str:
     # Backslashes count only where they precede a quote or an interpolation: there each is doubled.
     value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
     value = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", value)
-    value = re.sub(r"(\\+)$", lambda match: match[1] * 2, value)
+    value = re.sub(r"(\\+)\Z", lambda match: match[1] * 2, value)
     return f"'{value}'"
 
 
 def compose(verb: str, schema: type, conf: Path, overrides: list[str]) -> Any:
     with hydra.initialize_config_dir(config_dir=str(conf.resolve()), version_base="1.3"):
-        return to_schema(hydra.compose(config_name=verb, overrides=overrides), schema)
+        try:
+            composed = hydra.compose(config_name=verb, overrides=overrides)
+        except ValueError as error:  # what Hydra has no exception of its own for: model=3
+            raise UserError(" ".join(str(error).split()), "see --help for the groups and their choices") from error
+        return to_schema(composed, schema)
 
 
 def to_schema(config: DictConfig, schema: type) -> Any:
@@ -139,31 +175,50 @@ def refuse_unknown(values: dict[Any, Any], schema: type, prefix: str) -> None:
 def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[str]) -> None:
     """Hydra's own main: it makes the run directory, writes .hydra/ and train.log, and runs sweeps."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `reporting` as they are
-    given, errors, sweeps = sys.argv, list[Exception](), set[Path]()
+    given, errors, sweeps, start = sys.argv, list[Exception](), set[Path](), time.time()
 
     def job(config: DictConfig) -> float | None:
         sys.argv = given  # what Lightning starts the other processes of a run with
         settings, run_dir = HydraConfig.get(), Path(HydraConfig.get().runtime.output_dir)
+        sweeping = settings.mode == RunMode.MULTIRUN
+        if sweeping:
+            sweeps.add(Path(settings.sweep.dir))
         try:
-            with clean_up(run_dir):
+            with run_directory(run_dir, keep=sweeping and not config.dry_run):  # a failed job stays in the ranking
                 return work(to_schema(config, schema), run_dir, list(settings.overrides.task))
         except Exception as error:  # raised again below: Hydra would print a line of its own before ours
             errors.append(error)
-            if settings.mode == RunMode.MULTIRUN and isinstance(error, UserError):
-                complain(error)  # and the other jobs go on
+            if sweeping and isinstance(error, UserError):
+                complain(UserError(f"job {settings.job.num}: {error}", error.hint))  # and the other jobs go on
             return None
-        finally:
-            if settings.mode == RunMode.MULTIRUN:
-                sweeps.add(Path(settings.sweep.dir))
 
     try:
         sys.argv = [given[0], *overrides]
         hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=verb)(job)()
+    except HydraException:
+        raise  # some are OSErrors too
     except OSError as error:  # the job's own are in `errors`
         raise UserError(f"the run directory cannot be written: {error}", "choose another hydra.run.dir") from error
     finally:
         sys.argv = given
+        remove_bare_sweeps(start)
     settle(sweeps, errors)
+
+
+@contextlib.contextmanager
+def run_directory(run_dir: Path, keep: bool) -> Iterator[None]:
+    """The folder of a job: an interrupted one says how to go on, one that has left nothing of its own goes again."""
+    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))  # of several processes
+    try:
+        yield
+    except SystemExit:
+        last = run_dir / "checkpoints" / "last.ckpt"
+        if first and last.exists():
+            print(f"interrupted; to go on: python train.py resume={last}", file=sys.stderr)
+        raise
+    finally:
+        if first and not keep:
+            remove_if_bare(run_dir)
 
 
 def settle(sweeps: set[Path], errors: list[Exception]) -> None:
@@ -176,26 +231,30 @@ def settle(sweeps: set[Path], errors: list[Exception]) -> None:
         sys.exit(2 if all(isinstance(error, UserError) for error in errors) else 1)
 
 
-@contextlib.contextmanager
-def clean_up(run_dir: Path) -> Iterator[None]:
-    """Where a run fails before it has left anything of its own, its directory goes again."""
-    try:
-        yield
-    except BaseException:
-        remove_if_bare(run_dir)
-        raise
-
-
 def remove_if_bare(run_dir: Path) -> None:
     """Remove a run directory that holds nothing but what Hydra wrote, and the folders of its date if empty."""
     if not run_dir.is_dir() or {p.name for p in run_dir.iterdir()} - {".hydra", "train.log"}:
         return
-    logging.shutdown()
+    for handler in [h for h in logging.root.handlers if isinstance(h, logging.FileHandler)]:
+        logging.root.removeHandler(handler)  # it would open train.log again
+        handler.close()
     shutil.rmtree(run_dir, ignore_errors=True)
-    for parent in (run_dir.parent, run_dir.parent.parent):
-        with contextlib.suppress(OSError):  # not empty: other runs
-            if parent.name != "outputs" and "outputs" in str(parent):
-                parent.rmdir()
+    with contextlib.suppress(OSError):  # not empty: other runs
+        for parent in run_dir.resolve().parents:
+            if not parent.is_relative_to(Path.cwd()) or parent == Path.cwd():
+                break
+            parent.rmdir()
+
+
+def remove_bare_sweeps(start: float) -> None:
+    """Remove the folder of a sweep of which no job has left anything: it holds multirun.yaml, written since `start`."""
+    with contextlib.suppress(OSError):
+        for path in Path("outputs/sweeps").glob("*/multirun.yaml"):
+            if path.stat().st_mtime >= start - 1 and len(list(path.parent.iterdir())) == 1:
+                path.unlink()
+                path.parent.rmdir()
+        Path("outputs/sweeps").rmdir()  # where it was the first
+        Path("outputs").rmdir()
 
 
 def explain(error: Exception, schema: type) -> UserError:
@@ -229,9 +288,17 @@ def unknown_choice(path: str, text: str) -> UserError:
 
 
 def wrong_value(key: str, text: str) -> UserError:
-    reason = re.search(r"^(?:Value|Cannot|Incompatible|Invalid|field|Non optional).*", text, flags=re.MULTILINE)
-    return UserError(f"{key}: {reason[0] if reason else text.splitlines()[-1]}", "see --help for its meaning and type")
+    hint = "see --help for its meaning and type"
+    if "is not Optional" in text or "Incompatible value 'None'" in text:
+        return UserError(f"{key} cannot be null", hint)
+    reason = re.search(r"^(?:Value|Cannot|Incompatible|Invalid|Non optional).*", text, flags=re.MULTILINE)
+    return UserError(f"{key}: {reason[0] if reason else text.splitlines()[0]}", hint)
 
 
 def unknown_key(key: str, schema: type) -> UserError:
-    return UserError(f"there is no key {key}", nearest(key, all_keys(schema)))
+    """With the nearest key of the schema as the hint; where none is near, those of the group that it would be in."""
+    known = all_keys(schema)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    group = key.rpartition(".")[0]
+    beside = [name for name in known if name.rpartition(".")[0] == group]
+    return UserError(f"there is no key {key}", nearest(key, close or beside or all_keys(schema)))

@@ -7,6 +7,7 @@ they stay plain dictionaries.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -188,7 +189,7 @@ class TrainConfig:
     )
     logger: dict[str, Any] = option({}, "Lightning loggers, by name")
     callbacks: dict[str, Any] = option({}, "Lightning callbacks, by name")
-    seed: int = option(1337, "decides initial weights, batches and dropout", ge=0)
+    seed: int = option(1337, "decides initial weights, batches and dropout", ge=0, lt=2**63)
     compile: bool = option(False, "compile the model with torch.compile (pays on long runs)")
     resume: str | None = option(None, "auto, or a checkpoint or run directory to continue from")
     init_from: str | None = option(None, "a checkpoint whose weights (and tokenizer) to start from")
@@ -200,6 +201,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self, "")
+        self.logger, self.callbacks = without_null(self.logger), without_null(self.callbacks)
         for name, instead in REFUSED_TRAINER_ARGUMENTS.items():
             if self.trainer.get(name) is not None:
                 raise UserError(f"trainer.{name} is not used here", f"say {instead}")
@@ -212,6 +214,11 @@ class TrainConfig:
         value = self.trainer[given[0]]
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise UserError(f"trainer.{given[0]}={value} is out of range", "it must be a number above 0")
+
+
+def without_null(nodes: dict[str, Any]) -> dict[str, Any]:
+    """callbacks.samples=null leaves that one out."""
+    return {name: node for name, node in nodes.items() if node is not None}
 
 
 REFUSED_TRAINER_ARGUMENTS = {
@@ -234,8 +241,8 @@ class SampleConfig:
     top_p: float | None = option(None, "draw from the likeliest tokens that together reach probability p", gt=0, le=1)
     min_p: float | None = option(None, "drop tokens less likely than min_p times the likeliest", ge=0, le=1)
     repetition_penalty: float = option(1.0, "above 1: tokens already seen become less likely", gt=0)
-    stop: list[str] = option([], "end a sample before any of these strings")
-    seed: int | None = option(None, "the same seed draws the same text; null: a new one each time", ge=0)
+    stop: list[str] = option([], r"end a sample before any of these strings; \n, \t and \\ are decoded")
+    seed: int | None = option(None, "the same seed draws the same text; null: a new one each time", ge=0, lt=2**63)
     interactive: bool = option(False, "a >> prompt that streams; quit or Ctrl-D ends it")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     debug: bool = option(False, "show the traceback of an error")
@@ -277,6 +284,11 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
 
 def _nested(kind: type | None, value: Any) -> Any:
     return from_dict(kind, value) if kind and isinstance(value, dict) else value
+
+
+def unescape(text: str) -> str:
+    r"""\n, \t and \\ in a value of the command line become a newline, a tab and a backslash; other backslashes stay."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
 
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:

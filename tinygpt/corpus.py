@@ -10,6 +10,7 @@ import glob
 import gzip
 import hashlib
 import json
+import logging
 import lzma
 import os
 import platform
@@ -209,6 +210,7 @@ def _session() -> "Session":
     from requests.adapters import HTTPAdapter
     from urllib3.util import Retry
 
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns at each retry; the error says it all
     session = Session()
     adapter = HTTPAdapter(
         max_retries=Retry(3, backoff_factor=0.2, status_forcelist=(429, 500, 502, 503, 504))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tinygpt.batches import VALIDATION_LOGITS, BatchOrder, TokenSource, validation_batch, validation_windows
+from tinygpt.batches import IGNORED, VALIDATION_LOGITS, BatchOrder, TokenSource, validation_batch, validation_windows
 from tinygpt.config import UserError
 
 
@@ -25,18 +25,25 @@ class TrainingSteps(Dataset[Tensor]):
 
 
 class ValidationBatches(Dataset[Tensor]):
-    """Item i: (B, T + 1) tokens; the windows of the split are dealt to the ranks in turn of whole batches."""
+    """Item i: (B, T + 1) tokens; the windows of the split are dealt to the ranks in turn of whole batches.
+
+    Every rank has as many batches, none of them empty: one that had nothing to do would leave the others waiting.
+    """
 
     def __init__(self, tokens: TokenSource, block_size: int, limit: int | None, size: int, rank: int, world: int) -> None:
         self.tokens, self.block_size, self.limit = tokens, block_size, limit
         n = validation_windows(tokens, block_size, limit)
-        self.batches = [(first, min(n, first + size)) for first in range(rank * size, n, world * size)]
+        size = min(size, -(-n // world))
+        firsts = range(rank * size, rank * size + n, world * size)
+        self.batches = [(min(n, first), min(n, first + size)) for first in firsts]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> Tensor:
         first, last = self.batches[index]
+        if first == last:
+            return torch.full((1, self.block_size + 1), IGNORED)
         return torch.from_numpy(validation_batch(self.tokens, self.block_size, first, last, self.limit))
 
 

@@ -149,9 +149,7 @@ def last_logits(model: GPT, idx: Tensor, cache: KVCache | None) -> Tensor:
     reading = cache is None or cache.length == 0
     logits = model.head(model.features(idx, cache)[:, -1])
     if reading and not logits.isfinite().all():
-        raise UserError(
-            "the model's logits are not finite numbers", "its training diverged: use an earlier checkpoint"
-        )
+        raise UserError("the model's logits are not finite numbers", "its training diverged: use an earlier checkpoint")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -271,6 +269,16 @@ def start_token(tokenizer: Tokenizer) -> int:
         return 0
 
 
+def opening(prompt: str, tokenizer: Tokenizer) -> str:
+    """`prompt`; for the default one, a newline, "" where the tokenizer has none: a text may be a single line."""
+    try:
+        if prompt == "\n":
+            tokenizer.encode(prompt)
+    except UserError:
+        return ""
+    return prompt
+
+
 def _begin(
     model: GPT, tokenizer: Tokenizer | None, prompt: str, stop: Sequence[str], count: int
 ) -> tuple[Tensor, list[Continuation]]:
@@ -339,9 +347,7 @@ def generate(
 
     Raises UserError for a setting outside its limits, and for a prompt that the tokenizer cannot encode.
     """
-    (text,) = generate_many(
-        model, tokenizer, prompt, 1, max_new_tokens=max_new_tokens, stop=stop, seed=seed, **sampling
-    )
+    (text,) = generate_many(model, tokenizer, prompt, 1, max_new_tokens=max_new_tokens, stop=stop, seed=seed, **sampling)
     return text
 
 

@@ -82,9 +82,7 @@ def llama_config(config: HubConfig) -> ModelConfig:
         tie_embeddings=config.get("tie_word_embeddings", False),
     )
     if config.get("head_dim") not in (None, shape.head_dim):
-        raise _unsupported(
-            "head_dim", config["head_dim"], f"hidden_size / num_attention_heads, {shape.head_dim}"
-        )
+        raise _unsupported("head_dim", config["head_dim"], f"hidden_size / num_attention_heads, {shape.head_dim}")
     return shape
 
 

@@ -65,6 +65,12 @@ class LitGPT(L.LightningModule):
         optimizer.zero_grad()
         self.last_step = {"train/loss": loss, "grad_norm": grad_norm}
 
+    def step_loss(self) -> float:
+        """The loss of the last step over its global batch, which `last_step` then holds. To be asked for on every rank."""
+        reduced = self.trainer.strategy.reduce(self.last_step["train/loss"].clone(), reduce_op="mean")
+        self.last_step["train/loss"] = reduced
+        return float(reduced)
+
     def reseed(self) -> None:
         """Dropout depends on (seed, step, rank) alone, so no random state travels in a checkpoint."""
         seed = (self.seed * 1_000_003 + self.global_step) * 4096 + self.global_rank
@@ -110,7 +116,10 @@ class LitGPT(L.LightningModule):
         self.log_dict(known, logger=False, sync_dist=False, rank_zero_only=False)  # for callbacks that monitor
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["tinygpt"] = self.card
+        checkpoint["tinygpt"], checkpoint["val_metrics"] = self.card, self.val_metrics
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.val_metrics = checkpoint["val_metrics"]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

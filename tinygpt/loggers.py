@@ -33,14 +33,11 @@ COLUMNS = (
 
 
 class CSVLogger(Logger):
-    """metrics.csv: one line a step that is logged, on disk at once.
-
-    The first line that is written drops those of its own and later steps: a resumed run writes them again.
-    """
+    """metrics.csv: one line a step that is logged, on disk at once."""
 
     def __init__(self, save_dir: str | Path) -> None:
         super().__init__()
-        self.path, self.cut = Path(save_dir) / "metrics.csv", False
+        self.path, self.begun = Path(save_dir) / "metrics.csv", False
 
     @property
     def name(self) -> str:
@@ -57,21 +54,24 @@ class CSVLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         assert step is not None
-        if not self.cut:
-            self.start(step)
+        if not self.begun:
+            self.cut_back(step - 1)
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow([step, *("" if metrics.get(c) is None else metrics[c] for c in COLUMNS[1:])])
 
-    def start(self, step: int) -> None:
-        """Header, and the lines before `step` that an earlier process left."""
-        kept = [row for row in read_metrics(self.path) if int(row["step"]) < step] if self.path.exists() else []
+    @rank_zero_only
+    def cut_back(self, step: int) -> None:
+        """Header, and of the lines that an earlier process left those up to `step`: a resumed run writes the rest again."""
+        if self.begun:
+            return
+        kept = [row for row in read_metrics(self.path) if int(row["step"]) <= step] if self.path.exists() else []
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
         temporary.replace(self.path)
-        self.cut = True
+        self.begun = True
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -134,9 +134,9 @@ def has_key() -> bool:
         return False
 
 
-def finish(loggers: list[Logger]) -> None:
+def finish(loggers: list[Logger], well: bool = True) -> None:
     """End what a logger holds open; without this the second job of a sweep goes on in the first one's W&B run."""
     for logger in loggers:
-        logger.finalize("success")
+        logger.finalize("success" if well else "failed")
         if type(logger).__name__ == "WandbLogger":
-            logger.experiment.finish()  # type: ignore[attr-defined]
+            logger.experiment.finish(exit_code=0 if well else 1)  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ def draw_curves(metrics: Path, target: Path, title: str) -> None:
     """Draw `metrics` (a metrics.csv) to `target` (a PNG), the best validation loss marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     rows = read_metrics(metrics)
     train = [(int(row["tokens"]), float(row["train/loss"])) for row in rows if row["train/loss"]]
@@ -23,6 +24,9 @@ def draw_curves(metrics: Path, target: Path, title: str) -> None:
         best = min(val, key=lambda point: point[1])
         axes.plot(*best, color="#c8501e", marker="*", markersize=14, linestyle="none", label=f"best {best[1]:.4f}")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    if train or val:
+        axes.legend(frameon=False)
     figure.savefig(target)

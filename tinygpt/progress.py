@@ -1,5 +1,6 @@
 """What one sees while a run trains: how fast it is, the numbers that go to the loggers, and the progress bar."""
 
+import logging
 import sys
 import time
 from typing import Any
@@ -10,6 +11,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tinygpt.callbacks import validation_due
 from tinygpt.lit import LitGPT
+from tinygpt.loggers import CSVLogger
+
+log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 0.2  # reading a loss waits for the device, so not at every step
 
@@ -48,6 +52,9 @@ class MetricsWriter(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.logged_step = trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.cut_back(trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -62,11 +69,17 @@ class MetricsWriter(L.Callback):
         step = trainer.global_step
         row: dict[str, Any] = {"tokens": step * self.tokens_per_step}
         if pl_module.last_step:
-            row |= {name: float(value) for name, value in pl_module.last_step.items()}
-            row["lr"] = pl_module.last_lr
+            row |= {
+                "train/loss": pl_module.step_loss(),
+                "grad_norm": float(pl_module.last_step["grad_norm"]),
+                "lr": pl_module.last_lr,
+            }
         if validated:
             row |= {f"val/{name}": value for name, value in pl_module.val_metrics.items() if name != "tokens"}
         row |= self.speed(step)
+        if validated:
+            losses = {"train": row.get("train/loss"), "validation": row["val/loss"]}
+            log.info("step %d: %s", step, ", ".join(f"{k} loss {v:.4f}" for k, v in losses.items() if v is not None))
         known = {name: value for name, value in row.items() if value is not None}
         for logger in trainer.loggers:
             logger.log_metrics(known, step=step)

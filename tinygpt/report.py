@@ -1,5 +1,6 @@
 """What a run says of itself: the forecast before it, summary.json and the closing panel after it."""
 
+import logging
 import math
 import platform
 import resource
@@ -21,11 +22,13 @@ from tinygpt.callbacks import BestCheckpoint
 from tinygpt.checkpoint import load
 from tinygpt.config import TrainConfig
 from tinygpt.forecast import Forecast
-from tinygpt.generate import generate
+from tinygpt.generate import generate, opening
 from tinygpt.lit import LitGPT
 from tinygpt.progress import Throughput
 from tinygpt.shards import Prepared
 from tinygpt.summary import read_summary, store_summary
+
+log = logging.getLogger(__name__)
 
 SAMPLE_TOKENS = 300
 
@@ -56,7 +59,7 @@ class Outcome:
 
 
 def say_forecast(forecast: Forecast, config: TrainConfig, prepared: Prepared, file: TextIO) -> None:
-    """Parameters, FLOPs, memory, tokens, steps and time, one line each."""
+    """Parameters, FLOPs, memory, tokens, steps and time, one line each; the same in train.log."""
     lines = {
         "corpus": f"{prepared.corpus}: {len(prepared.train):,} training and {len(prepared.val):,} validation tokens, "
         f"{prepared.tokenizer.kind} vocabulary of {prepared.tokenizer.vocab_size:,}",
@@ -71,6 +74,7 @@ def say_forecast(forecast: Forecast, config: TrainConfig, prepared: Prepared, fi
     }
     for name, value in lines.items():
         print(f"{name:>16}  {value}", file=file)
+        log.info("%s: %s", name, value)
 
 
 def duration(seconds: float) -> str:
@@ -109,7 +113,7 @@ def write_summary(outcome: Outcome, status: str) -> None:
         "seed": outcome.config.seed,
         "corpus": {"name": outcome.prepared.corpus, "sha256": outcome.prepared.sha256},
         "forecast": {
-            "seconds": round(outcome.forecast.seconds, 1),
+            "seconds": round(outcome.forecast.seconds, 3),
             "step_seconds": outcome.forecast.step_seconds,
             "memory_bytes": outcome.forecast.memory_bytes,
         },
@@ -118,6 +122,7 @@ def write_summary(outcome: Outcome, status: str) -> None:
         "overrides": outcome.overrides,
     }
     store_summary(outcome.run_dir, summary)
+    log.info("%s after %d steps and %.1f s; best validation loss %s", status, steps, summary["seconds"], best.get("loss"))
 
 
 def peak_memory(trainer: L.Trainer) -> int:
@@ -137,6 +142,8 @@ def print_result(outcome: Outcome) -> None:
     """The closing panel and a sample, on stdout."""
     summary, best = read_summary(outcome.run_dir), outcome.best()
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")  # a path that is cut short is of no use
     table.add_row("best val loss", f"{best['loss']:.4f} at step {best['step']}")
     table.add_row("perplexity", f"{math.exp(min(700.0, best['loss'])):.3f}")
     if best.get("bits_per_byte") is not None:
@@ -151,5 +158,6 @@ def print_result(outcome: Outcome) -> None:
     console.print(Panel(table, title=outcome.prepared.corpus, expand=False))
     if summary["checkpoint"]:
         model, tokenizer = load(summary["checkpoint"])
-        print(generate(model, tokenizer, "\n", max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1).strip("\n"))
+        prompt = opening("\n", tokenizer)
+        print(generate(model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1).strip("\n"))
         print(f"\nmore: python sample.py ckpt={summary['checkpoint']}")

@@ -18,10 +18,11 @@ import torch
 from tinygpt import checkpoint as ckpt
 from tinygpt.batches import validation_windows
 from tinygpt.callbacks import EMA, GracefulStop, Samples, StopAtLoss, ValidateAtEnds
-from tinygpt.config import TrainConfig, UserError, from_dict
+from tinygpt.config import BUDGETS, TrainConfig, UserError, from_dict
 from tinygpt.corpus import cache_dir, data_dir
 from tinygpt.data import TextData, make_order
 from tinygpt.forecast import Forecast, make_forecast
+from tinygpt.generate import opening
 from tinygpt.lit import LitGPT
 from tinygpt.loggers import finish
 from tinygpt.model import GPT
@@ -30,7 +31,7 @@ from tinygpt.progress import MetricsWriter, ProgressBar, Throughput
 from tinygpt.report import Outcome, print_result, say_forecast, write_summary
 from tinygpt.shards import Prepared, prepare
 from tinygpt.summary import read_summary
-from tinygpt.targets import build
+from tinygpt.targets import build, check_node
 from tinygpt.tokenizer import from_state
 from tinygpt.trainer import accelerator, check_trainer, make_trainer, precision, total_steps, world_size
 
@@ -38,6 +39,7 @@ log = logging.getLogger("tinygpt")
 
 STORED = ("model", "data", "optimizer", "trainer", "callbacks", "seed", "compile", "stop_at_loss")
 FIXED = ("model", "seed")  # what a resumed run may not change, beside corpus, tokenizer and global batch
+ENDS = ("trainer", "stop_at_loss", "callbacks")  # what decides when a run is done
 
 
 def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float | None:
@@ -54,20 +56,29 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
         if config.resume == "auto" and (loss := already_done(config, run_dir, started)) is not None:
             return loss
     check_trainer(config.trainer)
+    check_nodes(config)
     device = accelerator(config.trainer)
     init = ckpt.open_checkpoint(ckpt.find(config.init_from)) if config.init_from and started is None else None
     prepared = prepare_data(config, started or init)
     if started is not None:
-        refuse_changes(config, prepared, started["tinygpt"])
+        refuse_changes(config, prepared, started)
     model = make_model(config, prepared, init)
     plan = make_plan(config, prepared, model, device)
+    if started is not None:
+        refuse_budget(config, plan.steps, started["global_step"])
     if rank == 0:
         say_forecast(plan.forecast, config, prepared, file=sys.stdout if config.dry_run else sys.stderr)
     if config.dry_run:
         return None
-    if rank == 0:
-        point_latest(run_dir)
     return fit(config, run_dir, list(overrides), prepared, model, plan, started, device)
+
+
+def check_nodes(config: TrainConfig) -> None:
+    """Refuse what cannot be built before any work is done."""
+    check_node(config.trainer, "trainer", ignore=BUDGETS)
+    for kind, nodes in (("logger", config.logger), ("callbacks", config.callbacks)):
+        for name, node in nodes.items():
+            check_node(node, f"{kind}.{name}")
 
 
 # Where a run starts from
@@ -82,7 +93,7 @@ def starting_checkpoint(config: TrainConfig, run_dir: Path) -> dict[str, Any] | 
     path = run_dir / "checkpoints" / "last.ckpt" if config.resume == "auto" else ckpt.find(config.resume, "last")
     if config.resume == "auto" and not path.exists():
         return None
-    return {**ckpt.open_checkpoint(path), "path": str(path)}
+    return {**ckpt.open_checkpoint(path), "path": str(path.resolve())}  # outputs/latest is about to move
 
 
 def continued(config: TrainConfig, overrides: Sequence[str], card: dict[str, Any]) -> TrainConfig:
@@ -116,18 +127,22 @@ def set_path(target: dict[str, Any], source: dict[str, Any], path: list[str]) ->
 def already_done(config: TrainConfig, run_dir: Path, started: dict[str, Any]) -> float | None:
     """The best loss of a run that has reached its budget, after saying so."""
     summary = read_summary(run_dir)
-    if summary.get("status") != "done" or started["tinygpt"]["config"]["trainer"] != config.trainer:
+    was = started["tinygpt"]["config"]
+    if summary.get("status") != "done" or any(was[name] != getattr(config, name) for name in ENDS):
         return None
     print(f"{run_dir} is done: {summary['steps']} steps, best validation loss {summary['best_val_loss']:.4f}")
     return float(summary["best_val_loss"])
 
 
-def refuse_changes(config: TrainConfig, prepared: Prepared, card: dict[str, Any]) -> None:
+def refuse_changes(config: TrainConfig, prepared: Prepared, checkpoint: dict[str, Any]) -> None:
     """A resumed run goes on with the same model, data and seed, or it is another run."""
+    card = checkpoint["tinygpt"]
     was, now = card["config"], asdict(config)
     changed = [name for name in FIXED if was[name] != now[name]]
     if was["data"]["global_batch_size"] != config.data.global_batch_size:
         changed.append("data.global_batch_size")
+    if "training_weights" in checkpoint and not any(is_ema(node) for node in config.callbacks.values()):
+        changed.append("callbacks (its weights are an average: keep ema)")
     if card["tokenizer"] != prepared.tokenizer.state():
         changed.append("data.tokenizer")
     if card["corpus"]["sha256"] != prepared.sha256 or was["data"]["val_fraction"] != config.data.val_fraction:
@@ -136,6 +151,19 @@ def refuse_changes(config: TrainConfig, prepared: Prepared, card: dict[str, Any]
         raise UserError(
             f"a resumed run cannot change {' and '.join(changed)}",
             "leave it as it was, or start a new run (init_from=CHECKPOINT keeps the weights)",
+        )
+
+
+def is_ema(node: Any) -> bool:
+    return isinstance(node, dict) and node.get("_target_") == "tinygpt.callbacks.EMA"
+
+
+def refuse_budget(config: TrainConfig, steps: int, taken: int) -> None:
+    """A resumed run needs steps to take; only resume=auto may find that all are taken, and write what was not written."""
+    if taken > steps or (taken == steps and config.resume != "auto"):
+        raise UserError(
+            f"the checkpoint has taken {taken} steps, and the budget is {steps}",
+            f"give a larger one, for example trainer.max_steps={2 * taken}",
         )
 
 
@@ -247,6 +275,8 @@ def fit(
         config.trainer, steps=plan.steps, device=device, run_dir=run_dir, callbacks=callbacks, loggers=loggers
     )
     outcome = Outcome(config, run_dir, overrides, prepared, plan.forecast, trainer, module, throughput)
+    if trainer.is_global_zero:
+        point_latest(run_dir)
     with recording(outcome, loggers):
         trainer.fit(module, datamodule=data, ckpt_path=started["path"] if started else None)
     if trainer.is_global_zero:
@@ -275,6 +305,7 @@ def make_callbacks(config: TrainConfig, prepared: Prepared, plan: Plan, throughp
     for callback in chosen:
         if isinstance(callback, Samples):
             callback.tokenizer = prepared.tokenizer
+            prepared.tokenizer.encode(opening(callback.prompt, prepared.tokenizer))  # refuses now what it cannot begin with
     chosen.sort(key=save_order)  # stable
     forecast = plan.forecast
     callbacks: list[L.Callback] = [ValidateAtEnds()]
@@ -312,17 +343,19 @@ def recording(outcome: Outcome, loggers: list[Any]) -> Iterator[None]:
             raise SystemExit(130) from None
         raise
     finally:
-        finish(loggers)
+        finish(loggers, well=status == "done")
         if outcome.trainer.is_global_zero:
             leave(outcome, status)
 
 
 def leave(outcome: Outcome, status: str) -> None:
+    """summary.json and the curves. A disk that is full is reported unless something else has ended the run before."""
     metrics = outcome.run_dir / "metrics.csv"
-    if metrics.exists():
-        title = f"{outcome.prepared.corpus}, {outcome.forecast.parameters:,} parameters"
-        draw_curves(metrics, outcome.run_dir / "curves.png", title)
-    write_summary(outcome, status)
+    with contextlib.suppress(*(() if status == "done" else (OSError,))):
+        write_summary(outcome, status)
+        if metrics.exists():
+            title = f"{outcome.prepared.corpus}, {outcome.forecast.parameters:,} parameters"
+            draw_curves(metrics, outcome.run_dir / "curves.png", title)
 
 
 def point_latest(run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The ranking of a sweep: every job's overrides and best validation loss, the best first, as a table and as CSV."""
+"""The ranking of a sweep: every job's best validation loss and what sets it apart, the best first, as a table and as CSV."""
 
 import csv
 import re
@@ -17,8 +17,10 @@ def rank(sweep_dir: Path) -> None:
     rows = sorted((row_of(folder) for folder in jobs), key=order)
     if not rows:
         return
+    shared = set.intersection(*(set(row["overrides"]) for row in rows)) if len(rows) > 1 else set[str]()
     for place, row in enumerate(rows, 1):
         row["rank"] = place
+        row["overrides"] = " ".join(item for item in row["overrides"] if item not in shared)
     path = sweep_dir / "ranking.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -30,14 +32,14 @@ def rank(sweep_dir: Path) -> None:
 def row_of(folder: Path) -> dict[str, Any]:
     summary = read_summary(folder)
     row = {name: summary.get(name) for name in COLUMNS}
-    return {**row, "job": folder.name, "status": row["status"] or "failed", "overrides": swept(folder)}
+    return {**row, "job": folder.name, "status": row["status"] or "failed", "overrides": given(folder)}
 
 
-def swept(folder: Path) -> str:
-    """The job's own overrides, from what Hydra wrote."""
+def given(folder: Path) -> list[str]:
+    """The job's overrides, from what Hydra wrote."""
     text = (folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
     found = re.findall(r"^- (.*)$", text, flags=re.MULTILINE)
-    return " ".join(item for item in found if not item.endswith("=null"))
+    return [item for item in found if not item.endswith("=null")]
 
 
 def order(row: dict[str, Any]) -> tuple[float, str]:
@@ -51,10 +53,11 @@ def show(rows: list[dict[str, Any]], sweep_dir: Path) -> None:
 
     table = Table(title=str(sweep_dir))
     for name in COLUMNS:
-        table.add_column(name.replace("_", " "))
+        table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(shown(row[name]) for name in COLUMNS))
-    Console(file=sys.stdout, soft_wrap=True).print(table)
+    console = Console(file=sys.stdout)
+    console.print(table, width=None if console.is_terminal else 200)  # wide enough for a file
 
 
 def shown(value: Any) -> str:

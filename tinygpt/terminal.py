@@ -48,9 +48,7 @@ def read_line() -> str | None:
             print()
             return None
         except UnicodeDecodeError as error:
-            raise UserError(
-                "the input is not in the terminal's encoding", f"it must be {error.encoding}"
-            ) from None
+            raise UserError("the input is not in the terminal's encoding", f"it must be {error.encoding}") from None
 
 
 def use_line_editing() -> None:

@@ -1,0 +1,112 @@
+"""Two processes on one CPU: one run, the same numbers as one process, one voice, one clean end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import column, corpus, summary
+
+from tinygpt.checkpoint import open_checkpoint
+
+ROOT = Path(__file__).parents[1]
+TWO = ("trainer=ddp_cpu", "trainer.devices=2")
+
+
+def command(folder, *overrides):
+    shape = ("n_layer=1", "n_head=2", "n_embd=16", "block_size=16")
+    return [
+        *(sys.executable, str(ROOT / "train.py"), "data=text", f"data.path={corpus(folder)}", "cache_dir=cache"),
+        *(f"model.{option}" for option in shape),
+        *("data.global_batch_size=6", "data.micro_batch_size=2", "trainer.log_every_n_steps=1"),
+        *("callbacks.samples.max_new_tokens=10", "optimizer.warmup_steps=2", *overrides),
+    ]
+
+
+def environment():
+    launcher = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+    return {**{k: v for k, v in os.environ.items() if k not in launcher}, "OMP_NUM_THREADS": "1"}
+
+
+def train(folder, *overrides):
+    run = command(folder, *overrides)
+    return subprocess.run(run, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(folder, what two processes said) after the same run by one process and by two."""
+    folder, steps = tmp_path_factory.mktemp("ddp"), ("trainer.max_steps=5", "trainer.val_check_interval=3")
+    alone = train(folder, "trainer=cpu", *steps, "hydra.run.dir=one")
+    assert alone.returncode == 0, alone.stderr
+    done = train(folder, *TWO, *steps, "hydra.run.dir=two")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_two_processes_make_one_run(runs):
+    folder, _ = runs
+    assert sorted(path.name for path in folder.iterdir()) == ["cache", "one", "outputs", "text.txt", "two"]
+    one, two = ({str(path.relative_to(folder / name)) for path in (folder / name).rglob("*")} for name in ("one", "two"))
+    assert one == two
+    assert (folder / "two" / "train.log").read_text().count("done after 5 steps") == 1
+    assert summary(folder / "two")["status"] == "done"
+    assert summary(folder / "two")["tokens"] == summary(folder / "one")["tokens"] == 5 * 6 * 16
+
+
+def test_two_processes_come_to_the_numbers_of_one(runs):
+    folder, _ = runs
+    for name in ("val/loss", "val/bits_per_byte", "val/accuracy", "train/loss", "grad_norm", "lr"):
+        one, two = (dict(column(folder / run, name)) for run in ("one", "two"))
+        assert two == pytest.approx(one, abs=1e-6), name
+    one, two = (open_checkpoint(folder / run / "checkpoints" / "last.ckpt")["state_dict"] for run in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
+
+
+def test_the_second_process_is_silent(runs):
+    _, done = runs
+    assert done.stderr.count("parameters") == 1
+    assert [line.split()[1] for line in done.stderr.splitlines() if line.startswith("step ")] == ["0/5", "3/5", "5/5"]
+    assert done.stdout.count("best val loss") == 1
+    assert done.stdout.count("more: python sample.py") == 1
+    assert "Warning" not in done.stderr
+
+
+def wait_for(path, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists() or path.read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_an_interrupt_ends_both_and_saves(tmp_path):
+    # As a terminal does: Ctrl-C goes to every process of the group.
+    run = command(tmp_path, *TWO, "trainer.max_steps=1000000", "trainer.val_check_interval=100000", "hydra.run.dir=run")
+    process = subprocess.Popen(
+        run,
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for(tmp_path / "run" / "metrics.csv", process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    saved = open_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert saved["global_step"] == summary(tmp_path / "run")["steps"] > 0
+    assert summary(tmp_path / "run")["status"] == "interrupted"

@@ -1,0 +1,86 @@
+"""Every command that the README shows is run, in the README's order, in one empty directory.
+
+Only the size is changed: a few steps of a tiny model, which the commands themselves do not ask for.
+"""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "model.n_layer=1 model.n_head=2 model.n_embd=16 model.block_size=16 data.val_tokens=500".split()
+MADE_BY_CI = ("make ", "python3 -m venv", ". .venv", "pip install")  # the set-up: .ci/run does it
+
+
+def readme_commands():
+    """The lines of the README's sh blocks, without their comments."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return list(dict.fromkeys(re.sub(r"\s+#.*", "", line) for line in lines))
+
+
+COMMANDS = [line for line in readme_commands() if not line.startswith(MADE_BY_CI)]
+
+
+def shrink(words):
+    """The command's own words, and what makes it small."""
+    if words[1] == "sample.py":
+        return [*words, "max_new_tokens=4"]
+    if words[1] != "train.py" or "--help" in words:
+        return words
+    steps = "trainer.max_steps=4" if "resume=latest" in words else "trainer.max_steps=2"
+    model = ["data.val_tokens=500"] if {"resume=latest", "init_from=latest"} & set(words) else TINY
+    budget = [] if any(word.startswith("trainer.max_epochs") for word in words) else [steps]
+    return [*words, *model, *budget, "data.global_batch_size=4" if not {"resume=latest"} & set(words) else "seed=1337"]
+
+
+def test_the_readme_shows_commands():
+    assert len(COMMANDS) > 15
+
+
+@pytest.fixture(scope="module")
+def playground(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "my.txt").write_text("The while statement is used for repeated execution.\n" * 200, encoding="utf-8")
+    return folder
+
+
+def run(command, monkeypatch, capsys):
+    words = shrink(shlex.split(command))
+    if "trainer=ddp_cpu" in words or "interactive=true" in words:  # other processes, and a prompt: as a user would
+        done = subprocess.run(
+            [sys.executable, str(ROOT / words[1]), *words[2:]], input="The\nquit\n", capture_output=True, text=True
+        )
+        return done.returncode, done.stdout, done.stderr
+    monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[2:]])
+    code = 0
+    try:
+        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.xdist_group("readme")
+def test_every_command_of_the_readme_works(playground, monkeypatch, capsys, shared_data):
+    monkeypatch.chdir(playground)
+    monkeypatch.setenv("TINYGPT_CACHE_DIR", str(playground / "cache"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for command in COMMANDS:
+        code, out, err = run(command, monkeypatch, capsys)
+        assert code == 0, f"{command}\n{err}"
+        assert out.strip(), f"{command} printed nothing"
+
+
+def test_the_python_of_the_readme_works(playground, monkeypatch, capsys, tiny_run):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tiny_run.parent)
+    exec(code.replace("outputs/latest", str(tiny_run)))
+    assert capsys.readouterr().out.startswith("The ")

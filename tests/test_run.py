@@ -1,0 +1,462 @@
+"""Whole runs: resumed exactly, refused by name, stopped early, averaged, and what they leave behind."""
+
+import errno
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CALLBACKS, EMA, LAST_EVERY_3, column, corpus, rows, run, settings, summary, text
+
+from tinygpt import checkpoint as ckpt
+from tinygpt.batches import BatchOrder
+from tinygpt.callbacks import GracefulStop
+from tinygpt.config import TokenizerConfig, UserError
+from tinygpt.lit import LitGPT
+from tinygpt.loggers import COLUMNS
+from tinygpt.model import GPT
+from tinygpt.run import train
+
+EXACT = COLUMNS[:-3]  # without the timing
+EARLY = {
+    "early_stopping": {
+        "_target_": "lightning.pytorch.callbacks.EarlyStopping",
+        "monitor": "val/loss",
+        "patience": 2,
+    }
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def opened(run_dir, name="last"):
+    return ckpt.open_checkpoint(run_dir / "checkpoints" / f"{name}.ckpt")
+
+
+def same(a, b) -> bool:
+    """Equal, bit for bit, through dictionaries and lists of tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_run(one, two):
+    for name in ("last", "best"):
+        a, b = opened(one, name), opened(two, name)
+        for part in a.keys() - {"loops", "epoch", "tinygpt"}:
+            assert same(a[part], b[part]), (name, part)
+    assert [[row[c] for c in EXACT] for row in rows(one)] == [[row[c] for c in EXACT] for row in rows(two)]
+    assert (one / "samples.md").read_text() == (two / "samples.md").read_text()
+    a, b = summary(one), summary(two)
+    for name in ("status", "steps", "tokens", "val_loss", "best_val_loss", "best_step", "val_accuracy", "corpus"):
+        assert a[name] == b[name], name
+
+
+HARD = {
+    "steps": 20,
+    "every": 8,
+    "model": {"dropout": 0.2},
+    "data": {"micro_batch_size": 4},
+    "callbacks": {**LAST_EVERY_3, **EMA},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """20 steps in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return run(folder, **HARD)
+
+
+def stopped_by_signal(monkeypatch, step):
+    monkeypatch.setattr(GracefulStop, "agree", lambda self, trainer: 15 * (trainer.global_step == step))
+
+
+def killed(monkeypatch, step):
+    real = LitGPT.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == step:
+            raise RuntimeError("the power is out")
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitGPT, "training_step", training_step)
+
+
+@pytest.mark.parametrize("step", [1, 11, 16, 17])
+def test_a_run_stopped_by_a_signal_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, step):
+    with monkeypatch.context() as patch:
+        stopped_by_signal(patch, step)
+        with pytest.raises(SystemExit) as left:
+            run(tmp_path, **HARD)
+    assert left.value.code == 128 + 15
+    assert summary(tmp_path / "run")["status"] == "interrupted"
+    assert summary(tmp_path / "run")["steps"] == opened(tmp_path / "run")["global_step"] == step
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+
+
+@pytest.mark.parametrize("step", [0, 8, 14, 19])
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, step):
+    with monkeypatch.context() as patch:
+        killed(patch, step)
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path, **HARD)
+    assert summary(tmp_path / "run")["status"] == "failed"
+    assert opened(tmp_path / "run")["global_step"] == {0: 0, 8: 8, 14: 12, 19: 18}[step]
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+
+
+def test_a_run_may_be_interrupted_again_and_again(tmp_path, monkeypatch, whole):
+    for step in (5, 6, 13):
+        with monkeypatch.context() as patch:
+            stopped_by_signal(patch, step)
+            with pytest.raises(SystemExit):
+                run(tmp_path, resume="auto", **HARD)
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+
+
+def test_a_run_killed_after_its_last_checkpoint_writes_what_was_missing(tmp_path, whole):
+    run_dir = run(tmp_path, **HARD)
+    (run_dir / "summary.json").unlink()
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+
+
+def test_a_run_that_is_done_is_left_alone_and_says_so(tmp_path, capsys):
+    run_dir = run(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    capsys.readouterr()
+    best = train(settings(tmp_path, resume="auto"), run_dir)
+    assert best == summary(run_dir)["best_val_loss"]
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    assert "is done: 6 steps, best validation loss" in capsys.readouterr().out
+
+
+def test_a_run_that_is_done_goes_on_when_its_budget_grows(tmp_path):
+    flat = {"optimizer": {"schedule": "constant"}}  # else the schedule follows the budget
+    wanted = run(tmp_path, "straight", steps=9, **flat)
+    run(tmp_path, steps=6, **flat)
+    assert_same_run(run(tmp_path, steps=9, resume="auto", **flat), wanted)
+
+
+def test_a_resumed_run_in_a_new_directory_takes_the_stored_config_and_the_overrides(tmp_path):
+    first = run(tmp_path, "first", optimizer={"lr": 3e-3, "schedule": "constant"})
+    old = (first / "metrics.csv").read_text()
+    second = run(
+        tmp_path,
+        "second",
+        ["resume=first", "trainer.max_steps=9", "optimizer.lr=0.5"],
+        steps=9,
+        optimizer={"lr": 0.5},
+        resume="first",
+    )
+    assert (first / "metrics.csv").read_text() == old
+    assert [int(row["step"]) for row in rows(second)] == [7, 8, 9]
+    card = opened(second)["tinygpt"]["config"]
+    assert card["optimizer"]["lr"] == 0.5  # said
+    assert card["optimizer"]["schedule"] == "constant"  # stored
+    assert card["trainer"]["max_steps"] == 9
+    assert column(second, "lr")[-1] == (9, 0.5)
+    assert summary(second)["steps"] == 9
+
+
+def test_a_resumed_run_needs_steps_to_take(tmp_path):
+    run(tmp_path, "first")
+    with pytest.raises(UserError, match="has taken 6 steps, and the budget is 6"):
+        run(tmp_path, "second", ["resume=first"], resume="first")
+    with pytest.raises(UserError, match="has taken 6 steps, and the budget is 4"):
+        run(tmp_path, "first", resume="auto", steps=4)
+    assert opened(tmp_path / "first")["global_step"] == 6
+
+
+CHANGES = {
+    "model": ({"model": {"n_embd": 32}}, ["model.n_embd=32"]),
+    "seed": ({"seed": 1}, ["seed=1"]),
+    "data.global_batch_size": ({"data": {"global_batch_size": 4}}, ["data.global_batch_size=4"]),
+    "data.tokenizer": ({"data": {"tokenizer": TokenizerConfig("byte")}}, ["data/tokenizer=byte"]),
+    "the corpus": ({"data": {"val_fraction": 0.2}}, ["data.val_fraction=0.2"]),
+    "callbacks": ({"callbacks": CALLBACKS}, ["callbacks=[default]"]),
+}
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("averaged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return run(folder, callbacks={**CALLBACKS, **EMA})
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("auto", [False, True])
+def test_a_resumed_run_refuses_changes_by_name(averaged, what, auto):
+    changes, overrides = CHANGES[what]
+    folder = averaged.parent
+    changes = {"steps": 9, "callbacks": {**CALLBACKS, **EMA}, **changes}
+    name, resume = ("run", "auto") if auto else ("new", str(averaged))
+    overrides = ["trainer.max_steps=9", *overrides]
+    with pytest.raises(UserError, match=f"cannot change {re.escape(what)}"):
+        run(folder, name, overrides, resume=resume, **changes)
+
+
+def test_a_resumed_run_refuses_another_text(tmp_path):
+    run(tmp_path)
+    Path(corpus(tmp_path)).write_text(text(seed=1))
+    with pytest.raises(UserError, match="cannot change the corpus"):
+        run(tmp_path, resume="auto", steps=9)
+
+
+def test_resume_and_init_from_exclude_each_other(tmp_path):
+    with pytest.raises(UserError, match="exclude each other"):
+        run(tmp_path, resume="auto", init_from="x")
+
+
+def test_init_from_takes_weights_and_tokenizer(tmp_path):
+    first = run(tmp_path, "first", steps=9)
+    Path(corpus(tmp_path)).write_text(text(seed=1).replace("h", "t"))  # the same letters, one missing
+    nearly_still = {"optimizer": {"lr": 1e-12}, "steps": 2, "every": 2}
+    second = run(tmp_path, "second", init_from="first", model={"n_embd": 32}, **nearly_still)
+    model, tokenizer = ckpt.load(second)
+    start, same_tokenizer = ckpt.load(first)
+    assert tokenizer.state() == same_tokenizer.state()
+    assert "h" in tokenizer.state()["characters"]
+    for name, p in start.named_parameters():
+        torch.testing.assert_close(dict(model.named_parameters())[name], p, rtol=0, atol=1e-9)
+    assert summary(second)["steps"] == 2
+    assert rows(second)[0]["step"] == "0"
+
+
+@pytest.mark.parametrize(("every", "validated"), [(3, [0, 3, 6, 7]), (7, [0, 7]), (100, [0, 7]), (None, [0, 7])])
+def test_a_run_begins_and_ends_with_a_validation(tmp_path, every, validated):
+    run_dir = run(tmp_path, steps=7, every=every)
+    assert [step for step, _ in column(run_dir, "val/loss")] == validated
+    assert [int(row["step"]) for row in rows(run_dir)] == list(range(8))
+    assert re.findall(r"^## step (\d+)", (run_dir / "samples.md").read_text(), re.MULTILINE) == [str(s) for s in validated]
+    best = min(column(run_dir, "val/loss"), key=lambda point: point[1])
+    assert (summary(run_dir)["best_step"], summary(run_dir)["best_val_loss"]) == best
+    assert opened(run_dir, "best")["global_step"] == best[0]
+
+
+def test_a_single_step_is_a_run(tmp_path):
+    run_dir = run(tmp_path, steps=1)
+    assert [step for step, _ in column(run_dir, "val/loss")] == [0, 1]
+    assert (run_dir / "curves.png").stat().st_size > 1000
+
+
+def test_the_budget_in_tokens_and_epochs_is_exact(tmp_path):
+    tokens = run(tmp_path, "tokens", every=100, trainer={"max_tokens": 6 * 16 * 5})
+    more = run(tmp_path, "more", every=100, trainer={"max_tokens": 6 * 16 * 5 + 1})
+    epochs = run(tmp_path, "epochs", every=100, trainer={"max_epochs": 1})
+    assert (summary(tokens)["steps"], summary(tokens)["tokens"]) == (5, 480)
+    assert summary(more)["steps"] == 6
+    windows = BatchOrder(2700, 16, 6, 1337).windows_per_epoch
+    assert summary(epochs)["steps"] == -(-windows // 6)
+    assert column(epochs, "lr")[-1][1] < 0.2 * 1e-2  # the schedule followed the budget
+
+
+def test_stop_at_loss_in_validation(tmp_path):
+    run_dir = run(tmp_path, steps=200, every=4, stop_at_loss=2.7)
+    losses = column(run_dir, "val/loss")
+    assert losses[-1][1] <= 2.7 < losses[-2][1]
+    assert summary(run_dir)["status"] == "done"
+    assert summary(run_dir)["steps"] == losses[-1][0] < 200
+
+
+def test_stop_at_loss_in_training(tmp_path):
+    run_dir = run(tmp_path, steps=200, every=150, stop_at_loss=2.6)
+    steps = summary(run_dir)["steps"]
+    train_loss = dict(column(run_dir, "train/loss"))
+    assert steps < 150
+    assert train_loss[steps] <= 2.6
+    assert column(run_dir, "val/loss")[-1][0] == steps  # it ends with a validation
+    assert opened(run_dir)["global_step"] == steps
+
+
+def test_a_run_ended_by_its_loss_is_done(tmp_path, capsys):
+    changes = {"steps": 200, "every": 4, "stop_at_loss": 2.7}
+    run_dir = run(tmp_path, **changes)
+    before = summary(run_dir)
+    run(tmp_path, resume="auto", **changes)
+    assert summary(run_dir) == before
+    run(tmp_path, resume="auto", **{**changes, "stop_at_loss": 2.6})
+    assert summary(run_dir)["steps"] > before["steps"]
+
+
+def test_early_stopping(tmp_path):
+    run_dir = run(tmp_path, steps=300, every=3, optimizer={"lr": 0.5}, callbacks={**CALLBACKS, **EARLY})
+    losses = [loss for _, loss in column(run_dir, "val/loss")]
+    assert summary(run_dir)["status"] == "done"
+    assert len(losses) < 60
+    assert min(losses) == losses[-3]  # and two without a better one
+    assert summary(run_dir)["best_val_loss"] == min(losses)
+
+
+def test_an_average_of_the_weights_is_what_is_kept(tmp_path):
+    flat = {"optimizer": {"schedule": "constant", "warmup_steps": 0}}  # a shorter run is the beginning of a longer one
+    plain = [opened(run(tmp_path, f"{steps}", steps=steps, every=100, **flat))["state_dict"] for steps in (1, 2, 3)]
+    model, _ = ckpt.load(tmp_path / "3")
+    torch.manual_seed(1337)
+    average = GPT(model.config, model.vocab_size).state_dict()
+    for weights in plain:
+        average = {name: 0.9 * value + 0.1 * weights[f"model.{name}"] for name, value in average.items()}
+    run_dir = run(tmp_path, steps=3, every=2, callbacks={**CALLBACKS, **EMA}, **flat)
+    kept = opened(run_dir)
+    for name, value in average.items():
+        torch.testing.assert_close(kept["state_dict"][f"model.{name}"], value, rtol=0, atol=5e-7)
+    for name, value in kept["training_weights"].items():
+        assert torch.equal(value, plain[-1][name])  # the average does not touch the training
+    assert column(run_dir, "train/loss") == column(tmp_path / "3", "train/loss")
+    assert dict(column(run_dir, "val/loss"))[3] != dict(column(tmp_path / "3", "val/loss"))[3]
+
+
+def test_no_callbacks_and_no_loggers(tmp_path, capsys):
+    run_dir = run(tmp_path, callbacks={}, logger={})
+    assert sorted(path.name for path in run_dir.iterdir()) == ["summary.json"]
+    found = summary(run_dir)
+    assert found["checkpoint"] is None
+    assert found["val_loss"] == found["best_val_loss"] > 0
+    assert "best val loss" in capsys.readouterr().out
+
+
+def test_a_stopped_run_without_callbacks_can_be_resumed(tmp_path, monkeypatch):
+    for step in (3, 5):
+        with monkeypatch.context() as patch:
+            stopped_by_signal(patch, step)
+            with pytest.raises(SystemExit):
+                run(tmp_path, callbacks={}, resume="auto")
+        assert opened(tmp_path / "run")["global_step"] == step
+
+
+def disk_full(monkeypatch, after):
+    """torch.save writes half a file and fails, from its `after`-th call on."""
+    real, calls = torch.save, []
+
+    def save(content, file, *rest, **options):
+        calls.append(1)
+        if len(calls) < after:
+            return real(content, file, *rest, **options)
+        file.write(b"half a checkpoint")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+
+
+def test_a_full_disk_ends_the_run_and_the_previous_checkpoint_is_whole(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        disk_full(patch, after=4)
+        with pytest.raises(UserError, match="cannot be written: No space left") as error:
+            run(tmp_path, steps=9, callbacks=LAST_EVERY_3)
+    assert "make room" in error.value.hint
+    run_dir = tmp_path / "run"
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert opened(run_dir)["global_step"] == 0  # the fourth to be written was the last.ckpt of step 3
+    assert summary(run_dir)["status"] == "failed"
+    assert summary(run(tmp_path, steps=9, callbacks=LAST_EVERY_3, resume="auto"))["status"] == "done"
+
+
+def test_a_folder_for_checkpoints_that_cannot_be_is_an_error_of_the_users(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("a file is in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        run(tmp_path)
+
+
+def test_a_failure_is_not_hidden_by_a_summary_that_cannot_be_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    killed(monkeypatch, 2)
+    monkeypatch.setattr("tinygpt.run.write_summary", full)
+    with pytest.raises(RuntimeError, match="power"):
+        run(tmp_path)
+
+
+def test_the_summary_has_every_field(tmp_path):
+    run_dir = run(tmp_path, overrides=["trainer.max_steps=6"])
+    found = summary(run_dir)
+    assert list(found) == [
+        *("status", "steps", "tokens", "seconds", "tokens_per_second", "mfu", "parameters", "val_loss", "best_val_loss"),
+        *("best_step", "val_bits_per_byte", "val_perplexity", "val_accuracy", "checkpoint", "seed", "corpus", "forecast"),
+        *("peak_memory_bytes", "versions", "overrides"),
+    ]
+    assert all(found[name] is not None for name in found)
+    assert (found["status"], found["seed"], found["overrides"]) == ("done", 1337, ["trainer.max_steps=6"])
+    assert found["corpus"]["name"] == "text"
+    assert len(found["corpus"]["sha256"]) == 64
+    assert found["forecast"].keys() == {"seconds", "step_seconds", "memory_bytes"}
+    assert all(value > 0 for value in found["forecast"].values() if value)
+    assert Path(found["checkpoint"]).is_file()
+    assert (tmp_path / "outputs" / "latest").resolve() == run_dir.resolve()
+
+
+def test_a_dry_run_says_what_it_would_do_and_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert train(settings(tmp_path, dry_run=True), tmp_path / "run") is None
+    out = capsys.readouterr().out
+    assert "parameters" in out
+    assert "6 (576 tokens" in out
+    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_log_tells_the_story(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="tinygpt")
+    run(tmp_path)
+    said = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("parameters:") for line in said)
+    assert sum("validation loss" in line and line.startswith("step ") for line in said) == 3
+    assert any(line.startswith("done after 6 steps") for line in said)
+
+
+def test_a_text_of_one_line_can_be_trained_on(tmp_path, capsys):
+    corpus(tmp_path, text().replace("\n", ""))
+    run_dir = run(tmp_path)
+    assert (run_dir / "samples.md").read_text().count("## step") == 3
+    assert "more: python sample.py" in capsys.readouterr().out
+
+
+def test_a_prompt_that_cannot_be_read_is_refused(tmp_path):
+    callbacks = {**CALLBACKS, "samples": {**CALLBACKS["samples"], "prompt": "Ω"}}
+    with pytest.raises(UserError, match=r"U\+03A9"):
+        run(tmp_path, callbacks=callbacks)
+
+
+def test_the_checkpoint_holds_no_machine_and_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYGPT_DATA_DIR", str(tmp_path / "somewhere"))
+    stored = opened(run(tmp_path))["tinygpt"]["config"]
+    assert "somewhere" not in repr(stored)
+    assert not {"data_dir", "cache_dir", "logger"} & stored.keys()
+
+
+def test_two_runs_of_one_seed_are_one(tmp_path):
+    assert_same_run(run(tmp_path, "one"), run(tmp_path, "two"))
+    assert column(run(tmp_path, "three", seed=1), "train/loss") != column(tmp_path / "one", "train/loss")
+
+
+def test_logging_less_often_changes_no_number(tmp_path):
+    every, third = run(tmp_path, "every", steps=7), run(tmp_path, "third", steps=7, trainer={"log_every_n_steps": 2})
+    assert [int(row["step"]) for row in rows(third)] == [0, 2, 3, 4, 6, 7]
+    kept = {row["step"]: [row[c] for c in EXACT] for row in rows(every)}
+    assert all([row[c] for c in EXACT] == kept[row["step"]] for row in rows(third))
+
+
+def test_lines_past_the_checkpoint_are_cut_back(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killed(patch, 8)
+        with pytest.raises(RuntimeError):
+            run(tmp_path, steps=12, every=6)
+    assert rows(tmp_path / "run")[-1]["step"] == "8"
+    run_dir = run(tmp_path, steps=12, every=6, resume="auto", trainer={"log_every_n_steps": 100})
+    assert [int(row["step"]) for row in rows(run_dir)] == [*range(7), 12]
+
+
+def test_a_trainer_argument_that_is_ours_is_refused(tmp_path):
+    with pytest.raises(UserError, match="trainer.default_root_dir is set by tinygpt"):
+        run(tmp_path, trainer={"default_root_dir": "x"})
