@@ -117,6 +117,9 @@ def test_the_processes_share_out_the_validation(world, size):
     assert targets(loaded) == list(range(1, 131))
     assert len({len(part) for part in loaded}) == 1  # one without a batch would leave the others waiting
     assert all(len(batch) for part in loaded for batch in part)
+    read = [sum(len(batch) for batch in part if (batch != IGNORED).any()) for part in loaded]
+    assert max(read) <= -(-17 // world) + size  # no process does the work of all
+    assert world != 2 or min(read) > 0
 
 
 def test_validation_stops_at_its_bound():

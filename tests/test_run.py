@@ -458,5 +458,5 @@ def test_lines_past_the_checkpoint_are_cut_back(tmp_path, monkeypatch):
 
 
 def test_a_trainer_argument_that_is_ours_is_refused(tmp_path):
-    with pytest.raises(UserError, match="trainer.default_root_dir is set by tinygpt"):
+    with pytest.raises(UserError, match=r"trainer\.default_root_dir is set by tinygpt"):
         run(tmp_path, trainer={"default_root_dir": "x"})

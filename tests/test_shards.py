@@ -329,9 +329,7 @@ def test_whoever_is_second_uses_the_tokens_of_the_first(file, cache, monkeypatch
         return publish(folder, target)
 
     monkeypatch.setattr(module, "_publish", together)
-    threads = [
-        threading.Thread(target=lambda: results.append(prepare(config(file), cache, cache))) for _ in range(2)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(prepare(config(file), cache, cache))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -350,10 +348,7 @@ def prepare_and_report(start, path, cache, results):
 def test_two_processes_prepare_at_once(file, cache):
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(2), context.Queue()
-    workers = [
-        context.Process(target=prepare_and_report, args=(start, str(file), str(cache), results))
-        for _ in range(2)
-    ]
+    workers = [context.Process(target=prepare_and_report, args=(start, str(file), str(cache), results)) for _ in range(2)]
     for worker in workers:
         worker.start()
     found = [results.get(timeout=60) for _ in workers]

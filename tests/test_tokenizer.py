@@ -75,9 +75,7 @@ def test_words_round_trip_up_to_spaces(text):
 def test_words_are_joined_by_one_space_and_none_beside_newlines():
     text = "Don't   stop,\n\n  they said -- it's\tnot rock'n'roll . \n"
     tokenizer = WordTokenizer.learn([text], min_frequency=1)
-    assert (
-        tokenizer.decode(tokenizer.encode(text)) == "Don't stop ,\n\nthey said - - it's not rock'n ' roll .\n"
-    )
+    assert tokenizer.decode(tokenizer.encode(text)) == "Don't stop ,\n\nthey said - - it's not rock'n ' roll .\n"
 
 
 def test_rare_and_new_words_become_unknown():
@@ -110,9 +108,7 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer):
 @every_kind
 def test_ids_may_be_of_any_integer_type(tokenizer):
     ids = tokenizer.encode("the thing")
-    assert (
-        tokenizer.decode(torch.tensor(ids)) == tokenizer.decode(np.array(ids)) == tokenizer.decode(iter(ids))
-    )
+    assert tokenizer.decode(torch.tensor(ids)) == tokenizer.decode(np.array(ids)) == tokenizer.decode(iter(ids))
 
 
 # Vocabularies

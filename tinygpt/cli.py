@@ -53,6 +53,7 @@ def main(verb: str, schema: type, work: Work, conf: Path) -> None:
         register(verb, schema)
         overrides = [prepare_override(argument) for argument in one_budget(argv)]
         if verb == "train":
+            overrides += for_other_processes(argv)
             check_resume(argv)
             if not any(argument.startswith("-") for argument in argv):
                 compose(verb, schema, conf, overrides)  # what is wrong is said before there is a run directory
@@ -170,6 +171,14 @@ def refuse_unknown(values: dict[Any, Any], schema: type, prefix: str) -> None:
             raise UserError(f"there is no key {prefix}{name}", nearest(str(name), list(fields), prefix))
         if isinstance(value, dict) and (inner := inner_schema(fields[name])):
             refuse_unknown(value, inner, f"{prefix}{name}.")
+
+
+def for_other_processes(argv: list[str]) -> list[str]:
+    """Of the processes that torchrun starts only the first has a run directory: theirs would carry other times."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":
+        return []
+    elsewhere = [] if any(argument.startswith("hydra.run.dir=") for argument in argv) else ["hydra.run.dir=."]
+    return [*elsewhere, "hydra.output_subdir=null", f"hydra.job_logging.handlers.file.filename={os.devnull}"]
 
 
 def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[str]) -> None:

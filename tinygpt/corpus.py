@@ -166,9 +166,7 @@ def fetch(url: str, sha256: str, target: Path) -> None:
         raise UserError(f"cannot download {url} ({_reason(error)})", advice) from error
     except OSError as error:
         message = f"cannot write {target}: {error.strerror or error}"
-        raise UserError(
-            message, f"{advice}; or name another folder with data_dir= or $TINYGPT_DATA_DIR"
-        ) from error
+        raise UserError(message, f"{advice}; or name another folder with data_dir= or $TINYGPT_DATA_DIR") from error
     finally:
         _remove(part)
 
@@ -212,9 +210,7 @@ def _session() -> "Session":
 
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns at each retry; the error says it all
     session = Session()
-    adapter = HTTPAdapter(
-        max_retries=Retry(3, backoff_factor=0.2, status_forcelist=(429, 500, 502, 503, 504))
-    )
+    adapter = HTTPAdapter(max_retries=Retry(3, backoff_factor=0.2, status_forcelist=(429, 500, 502, 503, 504)))
     session.mount("https://", adapter)
     session.mount("http://", adapter)
     return session
@@ -328,9 +324,7 @@ def _reading(path: Path) -> Iterator[None]:
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged: {error}", "it cannot be unpacked: get it again") from error
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}", "check that it is there and readable"
-        ) from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}", "check that it is there and readable") from error
 
 
 def _refuse_binary(path: Path, file: IO[bytes]) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ class Probe:
         self.config, self.vocab_size, self.optimizer = outline.config, outline.vocab_size, optimizer
         self.device, self.context = device, autocast(device, precision)
         self.flops = flops_per_token(outline) * outline.config.block_size  # of one sequence
+        self.held = resident_bytes() if device.type == "cpu" else 0  # before the probes add to it
         self.weights = sum(p.numel() * p.element_size() for p in outline.parameters())
 
     def model(self, n_layer: int | None = None) -> GPT:
@@ -168,8 +170,7 @@ class Probe:
         one, two = (self.saved_bytes(self.model(n)) for n in (1, 2))
         saved = one + (two - one) * (self.config.n_layer - 1)
         logits = micro * self.config.block_size * self.vocab_size * 4
-        held = resident_bytes() if self.device.type == "cpu" else 0
-        return held + 4 * self.weights + micro * saved + 2 * logits
+        return self.held + 4 * self.weights + micro * saved + 2 * logits
 
     def saved_bytes(self, model: GPT) -> int:
         """Bytes that autograd keeps of one sequence's forward pass."""
@@ -215,9 +216,13 @@ def synchronise(device: torch.device) -> None:
 
 
 def resident_bytes() -> int:
-    """The most memory this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The memory that this process holds; where the system does not say, the most that it has held so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def matmul_peak(device: torch.device, precision: str) -> float:

@@ -81,7 +81,7 @@ def duration(seconds: float) -> str:
     """Seconds in the words of the largest two units that fit."""
     if seconds < 60:
         return f"{seconds:.0f} s"
-    units = ((86400 * 365, "years"), (86400, "days"), (3600, "h"), (60, "min"), (1, "s"))
+    units = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
     first = next(i for i, (size, _) in enumerate(units) if seconds >= size)
     (big, big_name), (small, small_name) = units[first], units[min(first + 1, len(units) - 1)]
     whole = int(seconds // big)

@@ -72,9 +72,7 @@ class Tokens:
         Raises IndexError beyond the split.
         """
         if len(starts) and (starts.min() < 0 or starts.max() + length > len(self)):
-            raise IndexError(
-                f"windows of {length} from {starts.min()} to {starts.max()} in {len(self)} tokens"
-            )
+            raise IndexError(f"windows of {length} from {starts.min()} to {starts.max()} in {len(self)} tokens")
         windows = np.empty((len(starts), length), dtype=np.int64)
         for start, row in zip(starts.tolist(), windows, strict=True):
             self._copy(start, row)
@@ -106,9 +104,7 @@ class Prepared:
         return {"train": self.train, "val": self.val, "all": self.train + self.val}[split]
 
 
-def prepare(
-    config: DataConfig, data_dir: Path, cache_dir: Path, tokenizer: Tokenizer | None = None
-) -> Prepared:
+def prepare(config: DataConfig, data_dir: Path, cache_dir: Path, tokenizer: Tokenizer | None = None) -> Prepared:
     """The corpus as tokens: from the cache, or built now.
 
     With a `tokenizer` the text is encoded by it, whatever the config says of tokenizers. Raises UserError
@@ -116,9 +112,7 @@ def prepare(
     """
     corpus = open_corpus(config, data_dir)
     wanted = {"format": FORMAT, "source": corpus.fingerprint, "val_fraction": config.val_fraction}
-    wanted |= (
-        {"fingerprint": tokenizer.fingerprint()} if tokenizer else {"settings": _settings(config.tokenizer)}
-    )
+    wanted |= {"fingerprint": tokenizer.fingerprint()} if tokenizer else {"settings": _settings(config.tokenizer)}
     family = f"{corpus.name}-{tokenizer.kind if tokenizer else config.tokenizer.kind}"
     found = _find(cache_dir, family, wanted)
     if found:
@@ -170,9 +164,7 @@ def _tokens(folder: Path, manifest: Manifest, split: str) -> Tokens:
         size, expected = (folder / shard["file"]).stat().st_size, shard["tokens"] * dtype.itemsize
         if size != expected:
             raise ValueError(f"{shard['file']} has {size} bytes instead of {expected}")
-    return Tokens(
-        [folder / shard["file"] for shard in shards], [shard["tokens"] for shard in shards], dtype.str
-    )
+    return Tokens([folder / shard["file"] for shard in shards], [shard["tokens"] for shard in shards], dtype.str)
 
 
 @contextmanager
@@ -268,13 +260,9 @@ def _fill(
     )
     writer = _Writer(folder, tokenizer)
     with _progress(survey) as advance:
-        splits = {
-            name: writer.split(name, _pieces(corpus, *span), span[0], advance) for name, span in spans.items()
-        }
+        splits = {name: writer.split(name, _pieces(corpus, *span), span[0], advance) for name, span in spans.items()}
     if writer.sha256() != survey.sha256:
-        raise UserError(
-            f"the corpus {corpus.name} changed while it was being read", "start again when it is complete"
-        )
+        raise UserError(f"the corpus {corpus.name} changed while it was being read", "start again when it is complete")
     _write_json(folder / "tokenizer.json", tokenizer.state())
     manifest = {"corpus": corpus.name, "sha256": survey.sha256, "fingerprint": tokenizer.fingerprint()}
     _write_json(folder / "manifest.json", wanted | manifest | {"dtype": writer.dtype.str, "splits": splits})
@@ -339,9 +327,7 @@ class _Writer:
         """That of all text so far."""
         return self._digest.hexdigest()
 
-    def split(
-        self, name: str, pieces: Iterable[str], position: int, advance: Callable[[int], None]
-    ) -> Manifest:
+    def split(self, name: str, pieces: Iterable[str], position: int, advance: Callable[[int], None]) -> Manifest:
         """Write one split, which begins at character `position` of the corpus; its entry in the manifest."""
         counts = {"characters": 0, "bytes": 0, "tokens": 0}
         with _Shards(self._folder, name) as shards:

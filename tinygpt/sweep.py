@@ -56,8 +56,7 @@ def show(rows: list[dict[str, Any]], sweep_dir: Path) -> None:
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(shown(row[name]) for name in COLUMNS))
-    console = Console(file=sys.stdout)
-    console.print(table, width=None if console.is_terminal else 200)  # wide enough for a file
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)  # a file is as wide as it needs
 
 
 def shown(value: Any) -> str:

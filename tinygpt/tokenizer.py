@@ -235,9 +235,7 @@ class _MergedBytes(Tokenizer):
         self.special_tokens = dict(special_tokens)
         self._pattern = pattern
         ids = {token: rank for rank, token in enumerate(ranks)}
-        self._encoding = Encoding(
-            self.kind, pat_str=pattern, mergeable_ranks=ids, special_tokens=special_tokens
-        )
+        self._encoding = Encoding(self.kind, pat_str=pattern, mergeable_ranks=ids, special_tokens=special_tokens)
 
     def encode_array(self, text: str) -> Ids:
         """As everywhere; `<|endoftext|>` in a text is no special token, but characters like any other."""
@@ -316,9 +314,7 @@ class BPETokenizer(_MergedBytes):
         byte_of = _bytes_by_character()
         learner = Learner(models.BPE())
         learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=list(byte_of), show_progress=False
-        )
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=list(byte_of), show_progress=False)
         learner.train_from_iterator(texts, trainer)
         vocabulary = learner.get_vocab()
         tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
@@ -329,9 +325,7 @@ def _bytes_by_character() -> dict[str, int]:
     """GPT-2's spelling of bytes: printable Latin-1 characters as they are, the others from U+0100 on."""
     printable = [value for value in range(256) if chr(value).isprintable() and chr(value) != " "]
     others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {
-        chr(256 + n): value for n, value in enumerate(others)
-    }
+    return {chr(value): value for value in printable} | {chr(256 + n): value for n, value in enumerate(others)}
 
 
 _KINDS: dict[str, type[Tokenizer]] = {
@@ -344,9 +338,7 @@ def from_state(state: State) -> Tokenizer:
     name = state.get("kind") if isinstance(state, dict) else None
     kind = _KINDS.get(str(name))
     if kind is None:
-        raise UserError(
-            f"the tokenizer {name!r} is not known", f"this version of tinygpt knows {', '.join(_KINDS)}"
-        )
+        raise UserError(f"the tokenizer {name!r} is not known", f"this version of tinygpt knows {', '.join(_KINDS)}")
     try:
         return kind.restore(state)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -354,9 +346,7 @@ def from_state(state: State) -> Tokenizer:
         raise UserError(message, "use another checkpoint, or prepare the corpus again") from error
 
 
-def build(
-    config: TokenizerConfig, texts: Texts, train_texts: Texts, gpt2_merges: Callable[[], Path]
-) -> Tokenizer:
+def build(config: TokenizerConfig, texts: Texts, train_texts: Texts, gpt2_merges: Callable[[], Path]) -> Tokenizer:
     """A tokenizer for a corpus.
 
     char learns from the whole text (`texts`), word and bpe from the training split (`train_texts`), whose
