@@ -24,20 +24,26 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory) -> Path:
-    """A folder in which `train.py` has run once; `tiny_run/outputs/latest` is the run. Not to be written to."""
+def tiny_run(tiny_home: Path) -> Path:
+    """A run directory that `train.py` has left. Not to be written to."""
+    return (tiny_home / "outputs" / "latest").resolve()
+
+
+@pytest.fixture(scope="session")
+def tiny_home(tmp_path_factory) -> Path:
+    """The folder in which `train.py` was run for `tiny_run`, with the text and the cache. Not to be written to."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_run"  # all workers share one
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_home"  # all workers share one
     try:
         folder.mkdir()
     except FileExistsError:
         wait_for(folder / "done")
     else:
-        make_tiny_run(folder)
+        make_tiny_home(folder)
     return folder
 
 
-def make_tiny_run(folder: Path) -> None:
+def make_tiny_home(folder: Path) -> None:
     (folder / "it's, a=[text].txt").write_text(tiny.text() + "\n", encoding="utf-8")
     done = scripts.run(
         "train",

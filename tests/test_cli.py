@@ -38,11 +38,11 @@ SUMMARY = {
 
 
 @pytest.fixture
-def ckpt(tiny_run, tmp_path):
+def ckpt(tiny_home, tmp_path):
     """A checkpoint with nothing beside it, in a folder of its own."""
     path = tmp_path / "elsewhere" / "only.ckpt"
     path.parent.mkdir()
-    shutil.copy(tiny_run / "outputs/latest/checkpoints/best.ckpt", path)
+    shutil.copy(tiny_home / "outputs/latest/checkpoints/best.ckpt", path)
     return path
 
 
@@ -60,19 +60,19 @@ def summary(run_dir):
 # train.py
 
 
-def test_a_run_leaves_exactly_its_directory(tiny_run):
-    latest = tiny_run / "outputs" / "latest"
+def test_a_run_leaves_exactly_its_directory(tiny_home):
+    latest = tiny_home / "outputs" / "latest"
     assert latest.is_symlink()
     assert not latest.readlink().is_absolute()
     assert files(latest.resolve()) == RUN_DIRECTORY
-    dates = {path.name for path in (tiny_run / "outputs").iterdir()}
+    dates = {path.name for path in (tiny_home / "outputs").iterdir()}
     assert dates == {"latest", latest.resolve().parent.name}
     ours = {"outputs", "cache", "stdout", "stderr", "done", "it's, a=[text].txt"}
-    assert {path.name for path in tiny_run.iterdir()} == ours
+    assert {path.name for path in tiny_home.iterdir()} == ours
 
 
-def test_the_summary_holds_every_field(tiny_run):
-    found = summary(tiny_run / "outputs/latest")
+def test_the_summary_holds_every_field(tiny_home):
+    found = summary(tiny_home / "outputs/latest")
     assert set(found) >= SUMMARY
     assert all(found[name] is not None for name in SUMMARY)
     assert found["status"] == "done"
@@ -81,12 +81,12 @@ def test_the_summary_holds_every_field(tiny_run):
     assert found["corpus"]["name"] == "text"
     assert len(found["corpus"]["sha256"]) == 64
     assert "data.path='it\\'s, a=[text].txt'" in found["overrides"]
-    assert Path(found["checkpoint"]).samefile(tiny_run / "outputs/latest/checkpoints/best.ckpt")
+    assert Path(found["checkpoint"]).samefile(tiny_home / "outputs/latest/checkpoints/best.ckpt")
 
 
-def test_results_go_to_stdout_and_the_rest_to_stderr(tiny_run):
-    stdout, stderr = (tiny_run / "stdout").read_text("utf-8"), (tiny_run / "stderr").read_text("utf-8")
-    best = summary(tiny_run / "outputs/latest")["best_val_loss"]
+def test_results_go_to_stdout_and_the_rest_to_stderr(tiny_home):
+    stdout, stderr = (tiny_home / "stdout").read_text("utf-8"), (tiny_home / "stderr").read_text("utf-8")
+    best = summary(tiny_home / "outputs/latest")["best_val_loss"]
     assert f"{best:.4f}" in stdout
     assert "tokens/s" in stdout
     path = stdout.split("python sample.py ckpt=")[1].strip()
@@ -98,8 +98,8 @@ def test_results_go_to_stdout_and_the_rest_to_stderr(tiny_run):
     assert "Warning" not in stderr
 
 
-def test_the_learning_is_written_down(tiny_run):
-    latest = tiny_run / "outputs/latest"
+def test_the_learning_is_written_down(tiny_home):
+    latest = tiny_home / "outputs/latest"
     with (latest / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["step"] == "0"
@@ -117,11 +117,11 @@ def test_a_dry_run_says_the_forecast_on_stdout_and_leaves_nothing(empty):
     assert files(empty) == set()
 
 
-def test_ctrl_c_saves_and_exits_130(tiny_run, empty):
-    text = tiny_run / "it's, a=[text].txt"
+def test_ctrl_c_saves_and_exits_130(tiny_home, empty):
+    text = tiny_home / "it's, a=[text].txt"
     endless = ("trainer.max_steps=1000000", "trainer.val_check_interval=1000000", "trainer.log_every_n_steps=1")
     process = subprocess.Popen(
-        scripts.command("train", *SMALL, "data=text", f"data.path={text}", *endless, f"cache_dir={tiny_run}/cache"),
+        scripts.command("train", *SMALL, "data=text", f"data.path={text}", *endless, f"cache_dir={tiny_home}/cache"),
         cwd=empty,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -149,11 +149,16 @@ def test_ctrl_c_saves_and_exits_130(tiny_run, empty):
     assert f"resume={latest.resolve()}/checkpoints/last.ckpt" in stderr
 
 
-def test_a_sweep_ranks_its_jobs_and_a_bad_one_does_not_stop_it(tiny_run, empty):
-    arguments = ("data=text", f"data.path={tiny_run}/it's, a=[text].txt", "trainer.max_steps=20", "optimizer.warmup_steps=2")
+def test_a_sweep_ranks_its_jobs_and_a_bad_one_does_not_stop_it(tiny_home, empty):
+    arguments = (
+        "data=text",
+        f"data.path={tiny_home}/it's, a=[text].txt",
+        "trainer.max_steps=20",
+        "optimizer.warmup_steps=2",
+    )
     swept = ("optimizer.lr=1e-5,1e-2", "model.n_head=2,3")
     small = [item for item in SMALL if not item.startswith("model.n_head")]
-    done = run("train", "-m", *small, *arguments, *swept, f"cache_dir={tiny_run}/cache", cwd=empty)
+    done = run("train", "-m", *small, *arguments, *swept, f"cache_dir={tiny_home}/cache", cwd=empty)
     assert done.code == 2
     assert "Traceback" not in done.stderr
     assert "error: job 1: model.n_embd=16 does not divide by model.n_head=3\nhint: " in done.stderr
@@ -262,9 +267,9 @@ def evaluate(*arguments, cwd):
     return json.loads(done.stdout)
 
 
-def test_the_loss_is_the_run_s(tiny_run):
-    latest = tiny_run / "outputs/latest"
-    done = run("evaluate", "ckpt=latest", f"cache_dir={tiny_run}/cache", cwd=tiny_run)
+def test_the_loss_is_the_run_s(tiny_home):
+    latest = tiny_home / "outputs/latest"
+    done = run("evaluate", "ckpt=latest", f"cache_dir={tiny_home}/cache", cwd=tiny_home)
     assert done.code == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     found = json.loads(done.stdout)
@@ -274,9 +279,9 @@ def test_the_loss_is_the_run_s(tiny_run):
     assert {"perplexity", "accuracy", "tokens"} <= set(found)
 
 
-def test_another_text_with_the_checkpoint_s_tokenizer(tiny_run, ckpt, empty):
+def test_another_text_with_the_checkpoint_s_tokenizer(tiny_home, ckpt, empty):
     (empty / "other.txt").write_text("the dog sang to us.\n" * 50)
-    arguments = (f"ckpt={ckpt}", "data=text", "data.path=other.txt", f"cache_dir={tiny_run}/cache")
+    arguments = (f"ckpt={ckpt}", "data=text", "data.path=other.txt", f"cache_dir={tiny_home}/cache")
     parts = {split: evaluate(*arguments, f"split={split}", cwd=empty) for split in ("train", "val", "all")}
     assert {split: part["tokens"] for split, part in parts.items()} == {"train": 899, "val": 99, "all": 999}
     assert files(empty) == {"other.txt"}

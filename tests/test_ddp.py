@@ -110,3 +110,15 @@ def test_an_interrupt_ends_both_and_saves(tmp_path):
     saved = open_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert saved["global_step"] == summary(tmp_path / "run")["steps"] > 0
     assert summary(tmp_path / "run")["status"] == "interrupted"
+
+
+def test_torchrun_makes_one_run_too(runs, tmp_path):
+    folder, _ = runs
+    python, *rest = command(tmp_path, *TWO, "trainer.max_steps=5", "trainer.val_check_interval=3")
+    launcher = [python, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *rest]
+    done = subprocess.run(launcher, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (made,) = (path.parent for path in (tmp_path / "outputs").glob("*/*/summary.json"))
+    assert len(list((tmp_path / "outputs").rglob("train.log"))) == 1
+    assert not (tmp_path / "train.log").exists()
+    assert dict(column(made, "val/loss")) == pytest.approx(dict(column(folder / "two", "val/loss")), abs=1e-6)

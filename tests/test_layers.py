@@ -97,19 +97,19 @@ def test_help_waits_for_no_torch(verb, tmp_path):
     assert found <= {"hydra", "omegaconf"}
 
 
-def test_the_python_interface_and_sample_need_no_lightning(tmp_path, tiny_run):
-    ckpt = tiny_run / "outputs/latest/checkpoints/best.ckpt"
+def test_the_python_interface_and_sample_need_no_lightning(tmp_path, tiny_home):
+    ckpt = tiny_home / "outputs/latest/checkpoints/best.ckpt"
     heavy = ("lightning", "torchmetrics", "wandb", "transformers", "matplotlib", "tensorboard")
     code = f"import sys, tinygpt; model, tokenizer = tinygpt.load({str(ckpt)!r}); tinygpt.generate(model, tokenizer, 'the')"
     code += "\nassert not {'hydra', 'omegaconf'} & set(sys.modules)\n"
     assert loaded(code + script("sample", f"ckpt={ckpt}", "max_new_tokens=3"), tmp_path, *heavy) == set()
 
 
-def test_a_training_imports_only_the_loggers_that_it_was_asked_for(tmp_path, tiny_run):
+def test_a_training_imports_only_the_loggers_that_it_was_asked_for(tmp_path, tiny_home):
     arguments = (
         "data=text",
-        f"data.path={tiny_run}/it's, a=[text].txt",
-        f"cache_dir={tiny_run}/cache",
+        f"data.path={tiny_home}/it's, a=[text].txt",
+        f"cache_dir={tiny_home}/cache",
         "trainer.max_steps=1",
     )
     # torchmetrics imports transformers wherever it is installed: not ours to prevent
