@@ -44,7 +44,7 @@ def tiny_home(tmp_path_factory) -> Path:
 
 
 def make_tiny_home(folder: Path) -> None:
-    (folder / "it's, a=[text].txt").write_text(tiny.text() + "\n", encoding="utf-8")
+    (folder / "it's, a=[text].txt").write_text(tiny.text() + "\nTo be, or not to be: that is it.\n", encoding="utf-8")
     done = scripts.run(
         "train",
         *scripts.SMALL,
