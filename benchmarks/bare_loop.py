@@ -15,6 +15,8 @@ from tinygpt.model import GPT
 from tinygpt.optim import learning_rate, make_optimizer
 from tinygpt.shards import prepare
 
+WARM_UP = 10  # steps that do not count: the run that this is compared with has validated before its first step
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -25,11 +27,12 @@ def main() -> None:
     model, config = GPT(ModelConfig(), prepared.tokenizer.vocab_size), OptimizerConfig()
     optimizer = make_optimizer(model, config)
     order = BatchOrder(len(prepared.train), 64, 12, 1337)
-    start = time.perf_counter()
-    for step in range(steps):
+    for step in range(-WARM_UP, steps):
+        if step == 0:
+            start = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config)
-        batch = torch.from_numpy(prepared.train.windows(order.starts(step), 65))
+            group["lr"] = learning_rate(max(0, step), steps, config)
+        batch = torch.from_numpy(prepared.train.windows(order.starts(max(0, step)), 65))
         logits = model(batch[:, :-1])
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()

@@ -126,7 +126,7 @@ def test_the_peak_is_a_rate():
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.2, "0 s"), (59.4, "59 s"), (60, "1 min 0 s"), (3725, "1 h 2 min"), (90000, "1 days 1 h"), (4e7, "1 years 97 days")],
+    [(0.2, "0 s"), (59.4, "59 s"), (60, "1 min 0 s"), (3725, "1 h 2 min"), (90000, "1 d 1 h"), (4e7, "1 y 97 d")],
 )
 def test_durations_in_words(seconds, words):
     assert duration(seconds) == words

@@ -197,17 +197,21 @@ def autocast(device: torch.device, precision: str) -> Callable[[], AbstractConte
     return lambda: torch.autocast(device.type, dtype=dtypes[precision])
 
 
-def timed(work: Callable[[], object], device: torch.device, budget: float = 0.6, most: int = 20) -> float:
-    """Median seconds of `work` over as many repetitions as fit the budget, after one that does not count."""
+def timed(work: Callable[[], object], device: torch.device, budget: float = 0.6) -> float:
+    """Seconds of `work`, repeated for `budget` seconds, after one that does not count.
+
+    The lower quartile of 20 at most: a program beside us can make a few repetitions very slow. Five are tried even
+    beyond the budget where that takes no more than five times as long.
+    """
     work()
     seconds: list[float] = []
-    while not seconds or (sum(seconds) < budget and len(seconds) < most):
+    while not seconds or (sum(seconds) < (budget if len(seconds) >= 5 else 5 * budget) and len(seconds) < 20):
         synchronise(device)
         start = time.perf_counter()
         work()
         synchronise(device)
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 2]
+    return sorted(seconds)[len(seconds) // 4]
 
 
 def synchronise(device: torch.device) -> None:
