@@ -519,3 +519,9 @@ def test_an_error_as_a_process(empty):
 def test_debug_shows_the_traceback(empty):
     with pytest.raises(UserError, match=r"there is no checkpoint missing.ckpt"):
         run_inside("sample", "ckpt=missing.ckpt", "debug=true", cwd=empty)
+
+
+def test_the_users_own_folder_is_never_removed(tmp_path):
+    done = run_inside("train", "hydra.run.dir=.", "data=text", "data.path=missing.txt", cwd=tmp_path)
+    assert done.code == 2
+    assert tmp_path.is_dir()

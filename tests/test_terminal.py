@@ -70,9 +70,10 @@ def test_the_end_of_input_ends_the_session():
 
 @pytest.mark.parametrize("word", ["quit", " exit "])
 def test_a_word_ends_the_session(monkeypatch, word):
-    lines = iter([word])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    terminal.chat(None, None)  # asks for no second line, and needs no model
+    lines = [word, "a second line"]
+    monkeypatch.setattr("builtins.input", lambda prompt: lines.pop(0))
+    terminal.chat(None, None)  # needs no model
+    assert lines == ["a second line"]
 
 
 def test_input_that_is_no_text_is_a_user_error():

@@ -244,6 +244,8 @@ def remove_if_bare(run_dir: Path) -> None:
     """Remove a run directory that holds nothing but what Hydra wrote, and the folders of its date if empty."""
     if not run_dir.is_dir() or {p.name for p in run_dir.iterdir()} - {".hydra", "train.log"}:
         return
+    if Path.cwd().is_relative_to(run_dir.resolve()):  # hydra.run.dir=. is the user's own folder
+        return
     for handler in [h for h in logging.root.handlers if isinstance(h, logging.FileHandler)]:
         logging.root.removeHandler(handler)  # it would open train.log again
         handler.close()

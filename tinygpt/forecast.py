@@ -200,8 +200,8 @@ def autocast(device: torch.device, precision: str) -> Callable[[], AbstractConte
 def timed(work: Callable[[], object], device: torch.device, budget: float = 0.6) -> float:
     """Seconds of `work`, repeated for `budget` seconds, after one that does not count.
 
-    The lower quartile of 20 at most: a program beside us can make a few repetitions very slow. Five are tried even
-    beyond the budget where that takes no more than five times as long.
+    The median of 20 at most: a program beside us can make a few repetitions very slow. Five are tried even beyond the
+    budget where that takes no more than five times as long.
     """
     work()
     seconds: list[float] = []
@@ -211,7 +211,7 @@ def timed(work: Callable[[], object], device: torch.device, budget: float = 0.6)
         work()
         synchronise(device)
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 4]
+    return sorted(seconds)[len(seconds) // 2]
 
 
 def synchronise(device: torch.device) -> None:

@@ -4,6 +4,7 @@ import logging
 import math
 import platform
 import resource
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -151,13 +152,18 @@ def print_result(outcome: Outcome) -> None:
     if summary["tokens_per_second"]:
         table.add_row("speed", f"{summary['tokens_per_second']:,.0f} tokens/s, MFU {summary['mfu']:.1%}")
     table.add_row("time", f"{duration(summary['seconds'])} (forecast {duration(outcome.forecast.seconds)})")
-    table.add_row("run", str(outcome.run_dir))
+    table.add_row("run", from_here(outcome.run_dir))
     console = Console(file=sys.stdout, soft_wrap=True)
     if summary["checkpoint"]:
-        table.add_row("checkpoint", summary["checkpoint"])
+        table.add_row("checkpoint", from_here(Path(summary["checkpoint"])))
     console.print(Panel(table, title=outcome.prepared.corpus, expand=False))
     if summary["checkpoint"]:
         model, tokenizer = load(summary["checkpoint"])
         prompt = opening("\n", tokenizer)
         print(generate(model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1).strip("\n"))
-        print(f"\nmore: python sample.py ckpt={summary['checkpoint']}")
+        print(f"\nmore: python sample.py ckpt={shlex.quote(from_here(Path(summary['checkpoint'])))}")
+
+
+def from_here(path: Path) -> str:
+    """A path as one would type it: relative where it lies below the current folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

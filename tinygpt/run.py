@@ -18,7 +18,7 @@ import torch
 from tinygpt import checkpoint as ckpt
 from tinygpt.batches import validation_windows
 from tinygpt.callbacks import EMA, GracefulStop, Samples, StopAtLoss, ValidateAtEnds
-from tinygpt.config import BUDGETS, TrainConfig, UserError, from_dict
+from tinygpt.config import BUDGETS, ModelConfig, TrainConfig, UserError, from_dict
 from tinygpt.corpus import cache_dir, data_dir
 from tinygpt.data import TextData, make_order
 from tinygpt.forecast import Forecast, make_forecast
@@ -62,14 +62,15 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
     prepared = prepare_data(config, started or init)
     if started is not None:
         refuse_changes(config, prepared, started)
-    model = make_model(config, prepared, init)
-    plan = make_plan(config, prepared, model, device)
+    plan = make_plan(config, prepared, model_shape(config, init), device)
     if started is not None:
         refuse_budget(config, plan.steps, started["global_step"])
+        plan.forecast.seconds *= 1 - started["global_step"] / plan.steps  # what is left to do
     if rank == 0:
         say_forecast(plan.forecast, config, prepared, file=sys.stdout if config.dry_run else sys.stderr)
     if config.dry_run:
         return None
+    model = make_model(config, prepared, init)
     return fit(config, run_dir, list(overrides), prepared, model, plan, started, device)
 
 
@@ -178,16 +179,20 @@ def prepare_data(config: TrainConfig, source: dict[str, Any] | None) -> Prepared
     return prepare(config.data, data_dir(config.data_dir), cache_dir(config.cache_dir), tokenizer)
 
 
+def model_shape(config: TrainConfig, init: dict[str, Any] | None) -> ModelConfig:
+    """The config's model; where weights come from a checkpoint, its model with the config's dropout."""
+    if init is None:
+        return config.model
+    return replace(ModelConfig(**init["tinygpt"]["model"]), dropout=config.model.dropout)
+
+
 def make_model(config: TrainConfig, prepared: Prepared, init: dict[str, Any] | None) -> GPT:
     """A model with the initial weights that the seed decides, or a checkpoint's."""
-    if init is not None:
-        model = ckpt.build_model(init)
-        model.config = replace(model.config, dropout=config.model.dropout)
-        fresh = GPT(model.config, model.vocab_size)
-        fresh.load_state_dict(model.state_dict())
-        return fresh
     torch.manual_seed(config.seed)
-    return GPT(config.model, prepared.tokenizer.vocab_size)
+    model = GPT(model_shape(config, init), prepared.tokenizer.vocab_size)
+    if init is not None:
+        model.load_state_dict(ckpt.build_model(init).state_dict())
+    return model
 
 
 # What it will cost
@@ -201,8 +206,8 @@ class Plan:
     forecast: Forecast
 
 
-def make_plan(config: TrainConfig, prepared: Prepared, model: GPT, device: str) -> Plan:
-    T, B = model.config.block_size, config.data.global_batch_size
+def make_plan(config: TrainConfig, prepared: Prepared, shape: ModelConfig, device: str) -> Plan:
+    T, B = shape.block_size, config.data.global_batch_size
     order = make_order(len(prepared.train), len(prepared.val), T, B, config.seed)
     steps = total_steps(config.trainer, B, T, order.windows_per_epoch)
     world = world_size(config.trainer, device)
@@ -213,8 +218,8 @@ def make_plan(config: TrainConfig, prepared: Prepared, model: GPT, device: str) 
         )
     interval = config.trainer.get("val_check_interval") or steps
     forecast = make_forecast(
-        model.config,
-        model.vocab_size,
+        shape,
+        prepared.tokenizer.vocab_size,
         config.optimizer,
         share=B // world,
         world_size=world,

@@ -32,7 +32,7 @@ def chat(model: GPT, tokenizer: Tokenizer, **settings: Any) -> None:
                 print(text, end="", flush=True)
             print()
         except UserError as error:
-            say(f"error: {error}" + (f"\n{error.hint}" if error.hint else ""))
+            say(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""))
         except KeyboardInterrupt:
             print()  # the text ends here, the session goes on
 
