@@ -6,6 +6,7 @@ rate of a large matrix product measured on the same device, not over a data shee
 """
 
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -198,10 +199,14 @@ def autocast(device: torch.device, precision: str) -> Callable[[], AbstractConte
 
 
 def timed(work: Callable[[], object], device: torch.device, budget: float = 0.6) -> float:
-    """Seconds of `work`, repeated for `budget` seconds, after one that does not count.
+    """Seconds of `work`: the median of its repetitions, because a program beside us makes some of them very slow."""
+    return statistics.median(repeat(work, device, budget))
 
-    The median of 20 at most: a program beside us can make a few repetitions very slow. Five are tried even beyond the
-    budget where that takes no more than five times as long.
+
+def repeat(work: Callable[[], object], device: torch.device, budget: float) -> list[float]:
+    """Seconds of each of up to 20 repetitions in `budget` seconds, after one that does not count.
+
+    Five are tried even beyond the budget where that takes no more than five times as long.
     """
     work()
     seconds: list[float] = []
@@ -211,7 +216,7 @@ def timed(work: Callable[[], object], device: torch.device, budget: float = 0.6)
         work()
         synchronise(device)
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 2]
+    return seconds
 
 
 def synchronise(device: torch.device) -> None:
@@ -234,4 +239,4 @@ def matmul_peak(device: torch.device, precision: str) -> float:
     n = 8192 if device.type == "cuda" else 1024
     dtype = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     a = torch.randn(n, n, device=device, dtype=dtype or torch.float32)
-    return 2 * n**3 / timed(lambda: a @ a, device, budget=0.2)
+    return 2 * n**3 / min(repeat(lambda: a @ a, device, budget=0.3))  # a peak: the best of them
