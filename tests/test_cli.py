@@ -90,7 +90,8 @@ def test_results_go_to_stdout_and_the_rest_to_stderr(tiny_home):
     assert f"{best:.4f}" in stdout
     assert "tokens/s" in stdout
     path = stdout.split("python sample.py ckpt=")[1].strip()
-    assert Path(path).is_file()
+    assert not Path(path).is_absolute()  # as one would type it there
+    assert (tiny_home / path).is_file()
     for line in ("parameters", "FLOPs per token", "memory", "tokens per step", "steps", "time"):
         assert f"{line}  " in stderr
     assert "FLOPs per token" not in stdout
