@@ -3,6 +3,7 @@
 import errno
 import logging
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,24 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch, 
             run(tmp_path, **HARD)
     assert summary(tmp_path / "run")["status"] == "failed"
     assert opened(tmp_path / "run")["global_step"] == {0: 0, 8: 8, 14: 12, 19: 18}[step]
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+
+
+def test_ctrl_c_during_the_first_validation_saves_too(tmp_path, monkeypatch, whole):
+    real = LitGPT.validation_step
+
+    def validation_step(self, batch, batch_idx):
+        if batch_idx == 0:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitGPT, "validation_step", validation_step)
+        with pytest.raises(SystemExit) as left:
+            run(tmp_path, **HARD)
+    assert left.value.code == 130
+    assert summary(tmp_path / "run")["status"] == "interrupted"
+    assert opened(tmp_path / "run")["global_step"] == 0
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
 
 

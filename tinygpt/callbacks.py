@@ -239,9 +239,16 @@ class GracefulStop(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        self.listen()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.listen()  # the first validation comes before on_train_start reaches us; Lightning may listen in between
+
+    def listen(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                self.previous[number] = signal.signal(number, self.on_signal)
+                handler = signal.signal(number, self.on_signal)
+                self.previous.setdefault(number, handler)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
