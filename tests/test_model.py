@@ -305,3 +305,22 @@ def test_an_impossible_shape_is_refused(settings, words):
     with pytest.raises(UserError, match=words) as error:
         ModelConfig(**settings)
     assert error.value.hint
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_positions_and_mask_keep_two_texts_in_one_row_apart(position):
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, position=position), 11).eval()
+    first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6, 7, 8]])
+    text = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    mask = (text[:, None, :, None] == text[:, None, None, :]) & torch.ones(8, 8, dtype=torch.bool).tril()
+    together = model(torch.cat((first, second), dim=1), positions=positions, mask=mask)
+    torch.testing.assert_close(together[:, :3], model(first))
+    torch.testing.assert_close(together[:, 3:], model(second))
+
+
+def test_plain_positions_and_mask_change_nothing():
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, position="rope"), 11).eval()
+    idx = torch.arange(8)[None]
+    same = model(idx, positions=torch.arange(8), mask=torch.ones(8, 8, dtype=torch.bool).tril())
+    torch.testing.assert_close(same, model(idx))

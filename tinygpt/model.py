@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from tinygpt.config import ModelConfig
 
+Rope = tuple[Tensor, Tensor]
+
 
 class Cache(Protocol):
     """Keys and values of the tokens already read; `generate.KVCache` is one."""
@@ -40,7 +42,7 @@ def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, H, T, D) by the tables (T, D / 2): channel i pairs with channel i + D / 2, as in Llama."""
+    """Rotate x (B, H, T, D) by tables that broadcast to (B, H, T, D / 2): channel i pairs with i + D / 2, as in Llama."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -62,7 +64,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)  # queries, keys and values in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, cache: Cache | None, mask: Tensor | None) -> Tensor:
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
@@ -72,20 +74,22 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = self.attend(q, k, v)  # (B, H, T, D)
+        y = self.attend(q, k, v, mask)  # (B, H, T, D)
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         new, total = q.shape[2], k.shape[2]
+        causal = mask is None and new == total and new > 1
         # is_causal aligns to the top left, which is right only where queries and keys are the same tokens.
-        mask = continuation_mask(new, total, q.device) if 1 < new < total else None
+        if mask is None and 1 < new < total:
+            mask = continuation_mask(new, total, q.device)
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=new == total and new > 1,
+            is_causal=causal,
             enable_gqa=self.n_head != self.n_kv_head,
         )
 
@@ -128,8 +132,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = make_norm(config), Attention(config, layer)
         self.ln_2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rope, cache)
+    def forward(self, x: Tensor, rope: Rope | None, cache: Cache | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope, cache, mask)
         out: Tensor = x + self.mlp(self.ln_2(x))
         return out
 
@@ -156,29 +160,41 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
         initialise(self)
 
-    def forward(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, cache: Cache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, T, vocab_size) of the token after each of idx (B, T), which follow the tokens in `cache`.
 
-        Raises ValueError where the cached and the new tokens together exceed block_size.
+        positions, (T,) or (B, T), are where the tokens stand in their texts; None: one after the other, after the cached
+        ones. mask, bool and broadcastable to (B, H, T, S), says which of the S cached and new tokens each token attends
+        to; None: those up to itself. Raises ValueError where the tokens do not fit into block_size.
         """
-        return self.head(self.features(idx, cache))
+        return self.head(self.features(idx, cache, positions, mask))
 
-    def features(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+    def features(
+        self, idx: Tensor, cache: Cache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """The last hidden states (B, T, C): what `head` turns into logits, for callers who need only some of them."""
-        start = cache.length if cache is not None else 0
+        start = cache.length if cache is not None and positions is None else 0
         end = start + idx.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit into block_size={self.config.block_size}")
+        at = slice(start, end) if positions is None else positions
         x, rope = self.wte(idx), None  # (B, T, C)
         if self.config.position == "learned":
-            x = x + self.wpe.weight[start:end]
+            x = x + self.wpe.weight[at]
         else:
-            rope = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
+            rope = self.rotations(at, x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
-            x = block(x, rope, cache)
+            x = block(x, rope, cache, mask)
         normed: Tensor = self.ln_f(x)
         return normed
+
+    def rotations(self, at: slice | Tensor, dtype: torch.dtype) -> Rope:
+        """The tables of rope at these positions, shaped for (B, H, T, D / 2)."""
+        cos, sin = self.cos[at].to(dtype), self.sin[at].to(dtype)
+        return cos.unsqueeze(-3), sin.unsqueeze(-3)
 
     def head(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) to logits (..., vocab_size)."""
