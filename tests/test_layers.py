@@ -13,7 +13,9 @@ PACKAGE = ROOT / "tinygpt"
 # From the bottom up: a module may import those of the lines above its own.
 LAYERS = (
     ("config", "summary"),
-    ("tokenizer", "model", "corpus", "batches", "targets", "help", "sweep"),
+    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep"),
+    ("imdb", "tokens"),
+    ("corpus",),
     ("optim", "generate", "shards", "evaluate", "hub", "checkpoint", "cli"),
     ("forecast", "terminal", "lit", "data"),
     ("callbacks", "loggers"),
