@@ -14,7 +14,7 @@ PACKAGE = ROOT / "tinygpt"
 LAYERS = (
     ("config", "summary"),
     ("tokenizer", "model", "files", "batches", "targets", "help", "sweep"),
-    ("imdb", "tokens"),
+    ("imdb", "tokens", "documents"),
     ("corpus",),
     ("optim", "generate", "shards", "evaluate", "hub", "checkpoint", "cli"),
     ("forecast", "terminal", "lit", "data"),
