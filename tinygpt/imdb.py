@@ -69,7 +69,7 @@ def _archive(path: Path) -> list[Review]:
     reviews = []
     with reading(path):
         try:
-            with tarfile.open(path, "r|gz") as archive:
+            with tarfile.open(path, "r:gz") as archive:
                 for member in archive:
                     if found := _MEMBER.fullmatch(member.name):
                         file = archive.extractfile(member)
