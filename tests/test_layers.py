@@ -19,8 +19,11 @@ LAYERS = (
     ("forecast", "terminal", "lit", "data", "engine"),
     ("callbacks", "loggers"),
     ("progress", "trainer", "plots"),
-    ("report",),
-    ("run",),
+    ("report", "served"),
+    ("run", "bodies"),
+    ("answers",),
+    ("guard", "openai_api"),
+    ("serve",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
