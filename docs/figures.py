@@ -36,7 +36,7 @@ from tinygpt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures"
-TEXT = "ROMEO:\nWhat is the matter with the queen?\n"
+TEXT = "ROMEO:\nWhere is the good queen?"
 PROMPT = "ROMEO:\nI will not be th"
 BLUE, ORANGE, GREY, LIGHT = "#2f6fb0", "#c8501e", "#777777", "#9ab8d8"
 
@@ -46,7 +46,7 @@ def draw(name: str, size: tuple[float, float], rows: int, columns: int, paint: C
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     paint(figure.subplots(rows, columns, **grid))
-    figure.savefig(FIGURES / f"{name}.png", pil_kwargs={"optimize": True})
+    figure.savefig(FIGURES / f"{name}.png", bbox_inches="tight", pad_inches=0.08, pil_kwargs={"optimize": True})
     print(f"written: docs/figures/{name}.png")
 
 
@@ -72,21 +72,45 @@ class Attention(TorchFunctionMode):
 
 @torch.inference_mode()
 def attention(model: GPT, tokenizer: Tokenizer) -> None:
-    """A map per layer and head: a row is a character that is read, a column one that it looks at."""
+    """All heads small, and three of them large enough to read: a row is a character, a column what it looks at."""
     with Attention() as watch:
         model(torch.tensor([tokenizer.encode(TEXT)]))
-    labels = [{"\n": "↵", " ": "␣"}.get(character, character) for character in TEXT]
+    heads = torch.stack(watch.weights)  # (layers, H, T, T)
 
-    def paint(grid: Any) -> None:
+    def paint_all(grid: Any) -> None:
         for layer, row in enumerate(grid):
             for head, axes in enumerate(row):
-                axes.imshow(watch.weights[layer][head].sqrt(), cmap="magma", vmin=0, vmax=1)
+                axes.imshow(heads[layer, head].sqrt(), cmap="magma", vmin=0, vmax=1)
                 axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
-                axes.set_xticks(range(len(labels)), labels, fontsize=3.6)
-                axes.set_yticks(range(len(labels)), labels, fontsize=3.6)
-                axes.tick_params(length=0, pad=1)
+                axes.set(xticks=[], yticks=[])
 
-    draw("attention", (9.2, 9.4), len(watch.weights), len(watch.weights[0]), paint)
+    def paint_three(grid: Any) -> None:
+        labels = [visible(character) for character in TEXT]
+        for axes, (what, (layer, head)) in zip(grid, telling(heads).items(), strict=True):
+            axes.imshow(heads[layer, head].sqrt(), cmap="magma", vmin=0, vmax=1)
+            axes.set_title(f"layer {layer + 1}, head {head + 1}: {what}", fontsize=9)
+            axes.set_xticks(range(len(labels)), labels, fontsize=7)
+            axes.set_yticks(range(len(labels)), labels, fontsize=7)
+            axes.tick_params(length=0, pad=2)
+
+    draw("attention", (9.4, 3.6), 1, 3, paint_three)
+    draw("heads", (6.4, 6.8), len(heads), heads.shape[1], paint_all)
+
+
+def telling(heads: Tensor) -> dict[str, tuple[int, int]]:
+    """The head that looks most at the character before, at the space or newline before the word, and at most places."""
+    opening = [max((i for i in range(place + 1) if TEXT[i].isspace()), default=0) for place in range(len(TEXT))]
+    spread = -(heads * heads.clamp_min(1e-9).log()).sum(-1).mean(-1)
+    scores = {
+        "what came just before": heads.diagonal(-1, -2, -1).mean(-1),
+        "where the word begins": heads[:, :, range(len(TEXT)), opening].mean(-1),
+        "much at once": spread,
+    }
+    return {name: divmod(int(score.argmax()), heads.shape[1]) for name, score in scores.items()}
+
+
+def visible(character: str) -> str:
+    return {"\n": "↵", " ": "␣"}.get(character, character)
 
 
 def positions(model: GPT) -> None:
@@ -176,14 +200,14 @@ def sampling(model: GPT, tokenizer: Tokenizer) -> None:
     """The same logits under several settings: what the next character is drawn from."""
     logits = model(torch.tensor([tokenizer.encode(PROMPT)]))[:, -1]
     order = logits[0].argsort(descending=True)[:14]
-    labels = [{"\n": "↵", " ": "␣"}.get(tokenizer.decode([int(token)]), tokenizer.decode([int(token)])) for token in order]
+    labels = [visible(tokenizer.decode([int(token)])) for token in order]
     settings: list[dict[str, Any]] = [
         {"temperature": 1.0},
         {"temperature": 0.5},
         {"temperature": 2.0},
         {"temperature": 2.0, "top_k": 5},
         {"temperature": 2.0, "top_p": 0.8},
-        {"temperature": 2.0, "min_p": 0.2},
+        {"temperature": 2.0, "min_p": 0.3},
     ]
 
     def paint(grid: Any) -> None:
