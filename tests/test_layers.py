@@ -17,7 +17,7 @@ LAYERS = (
     ("optim", "generate", "shards", "evaluate", "hub", "checkpoint", "cli"),
     ("forecast", "terminal", "lit", "data"),
     ("callbacks", "loggers"),
-    ("progress", "trainer", "plots"),
+    ("progress", "trainer", "plot"),
     ("report",),
     ("run",),
 )
