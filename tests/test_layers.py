@@ -14,18 +14,35 @@ PACKAGE = ROOT / "tinygpt"
 LAYERS = (
     ("config", "summary"),
     ("tokenizer", "model", "corpus", "batches", "targets", "help", "sweep"),
-    ("optim", "generate", "shards", "evaluate", "hub", "checkpoint", "cli"),
-    ("forecast", "terminal", "lit", "data"),
+    ("optim", "cache", "shards", "evaluate", "hub", "checkpoint", "cli"),
+    ("generate",),
+    ("forecast", "terminal", "lit", "data", "engine"),
     ("callbacks", "loggers"),
     ("progress", "trainer", "plot"),
-    ("report",),
-    ("run",),
+    ("report", "served"),
+    ("run", "bodies"),
+    ("answers",),
+    ("guard", "openai_api"),
+    ("serve",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "matplotlib", "tiktoken", "tokenizers", "rich")
-TORCH_OR_LESS = ("tokenizer", "model", "optim", "generate", "checkpoint", "corpus", "shards", "batches", "hub", "terminal")
+TORCH_OR_LESS = (
+    "tokenizer",
+    "model",
+    "optim",
+    "cache",
+    "generate",
+    "engine",
+    "checkpoint",
+    "corpus",
+    "shards",
+    "batches",
+    "hub",
+    "terminal",
+)
 
 
 def imports(path):

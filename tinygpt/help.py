@@ -21,6 +21,10 @@ EXAMPLES = {
         "python evaluate.py ckpt=latest split=val",
         "python evaluate.py ckpt=latest data=text data.path=my.txt",
     ),
+    "serve": (
+        "python serve.py ckpt=latest",
+        "python serve.py ckpt={custom:outputs/a,other:outputs/b} port=8080",
+    ),
 }
 
 

@@ -1,0 +1,151 @@
+"""What stands between the network and the API: limits on a request's size and time, the API key, and what is counted."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import HTTPException, Request
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tinygpt.answers import error_body
+from tinygpt.served import Library
+
+
+class TooLarge(Exception):
+    """The body of a request is larger than it may be."""
+
+
+class TooSlow(Exception):
+    """A request has not arrived in time."""
+
+
+class Limited:
+    """ASGI middleware: a body that is too large gets 413, one that does not arrive in time 408, others are passed on."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
+        self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        answered = False
+        bounded = self.bounded(receive)
+
+        async def watched(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            declared = dict(scope["headers"]).get(b"content-length", b"0")
+            if declared.isdigit() and int(declared) > self.max_bytes:
+                raise TooLarge
+            await self.app(scope, bounded, watched)
+        except (TooLarge, TooSlow) as error:
+            if answered:
+                raise
+            await self.refuse(error)(scope, receive, send)
+
+    def bounded(self, receive: Receive) -> Receive:
+        """`receive`, held to the limits until the body is complete."""
+        read, complete, deadline = 0, False, time.monotonic() + self.seconds
+
+        async def limited() -> Message:
+            nonlocal read, complete
+            if complete:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                raise TooSlow from None
+            read += len(message.get("body", b""))
+            complete = message["type"] != "http.request" or not message.get("more_body", False)
+            if read > self.max_bytes:
+                raise TooLarge
+            return message
+
+        return limited
+
+    def refuse(self, error: Exception) -> JSONResponse:
+        if isinstance(error, TooLarge):
+            message, status = f"the request is larger than {self.max_bytes} bytes", 413
+        else:
+            message, status = f"the request did not arrive within {self.seconds:g} seconds", 408
+        return JSONResponse(error_body(message, "invalid_request_error"), status, headers={"Connection": "close"})
+
+
+class Key:
+    """A dependency: the API key as a bearer token, where the server has one."""
+
+    def __init__(self, key: str | None) -> None:
+        self.key = key
+
+    def __call__(self, request: Request) -> None:
+        if self.key and not self.fits(request.headers.get("authorization", "")):
+            raise HTTPException(401, "the API key is missing or wrong", {"WWW-Authenticate": "Bearer"})
+
+    def fits(self, authorization: str) -> bool:
+        kind, _, given = authorization.partition(" ")
+        return kind.lower() == "bearer" and secrets.compare_digest(given.strip().encode(), (self.key or "").encode())
+
+
+class Meters:
+    """What /metrics shows, and the middleware that counts requests. One registry an app."""
+
+    def __init__(self, app: ASGIApp, library: Library, registry: CollectorRegistry) -> None:
+        self.app = app
+        labels = ["path", "status"]
+        self.requests = Counter("tinygpt_requests", "Requests answered", labels, registry=registry)
+        self.seconds = Histogram("tinygpt_request_seconds", "Seconds to the end of an answer", ["path"], registry=registry)
+        registry.register(EngineMeters(library))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status, start = 0, time.monotonic()
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            # The route, not the path asked for: that one could be anything, and each would be a series of its own.
+            path = getattr(scope.get("route"), "path", "other")
+            self.requests.labels(path, status or 499).inc()
+            self.seconds.labels(path).observe(time.monotonic() - start)
+
+
+class EngineMeters:
+    """Read off the engines when they are asked for."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+
+    def collect(self) -> Iterable[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        read = CounterMetricFamily("tinygpt_prompt_tokens", "Tokens of prompts read", labels=["model"])
+        drawn = CounterMetricFamily("tinygpt_completion_tokens", "Tokens drawn", labels=["model"])
+        active = GaugeMetricFamily("tinygpt_texts_active", "Texts being written", labels=["model"])
+        waiting = GaugeMetricFamily("tinygpt_texts_waiting", "Texts in the queue", labels=["model"])
+        for served in self.library.ready:
+            engine, name = served.engine, [served.name]
+            read.add_metric(name, engine.tokens_read)
+            drawn.add_metric(name, engine.tokens_drawn)
+            active.add_metric(name, engine.active)
+            waiting.add_metric(name, engine.waiting)
+        return [read, drawn, active, waiting]
+
+
+def exposition(registry: CollectorRegistry) -> bytes:
+    """The text format of Prometheus, version 0.0.4."""
+    return generate_latest(registry)
