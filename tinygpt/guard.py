@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from fastapi import HTTPException, Request
@@ -11,20 +12,14 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinygpt.answers import error_body
+from tinygpt.answers import INVALID, error_body
 from tinygpt.served import Library
 
-
-class TooLarge(Exception):
-    """The body of a request is larger than it may be."""
-
-
-class TooSlow(Exception):
-    """A request has not arrived in time."""
+DRAINED = 16  # times max_bytes: up to there a body that is too large is read to its end
 
 
 class Limited:
-    """ASGI middleware: a body that is too large gets 413, one that does not arrive in time 408, others are passed on."""
+    """ASGI middleware: a body that is too large gets 413, one that does not arrive in time 408."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
         self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
@@ -33,25 +28,22 @@ class Limited:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answered = False
-        bounded = self.bounded(receive)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self.max_bytes:
+            refused = self.too_large()
+            if int(declared) <= DRAINED * self.max_bytes:
+                await self.drain(self.bounded(receive, DRAINED * self.max_bytes))
+            await JSONResponse(error_body(refused.detail, INVALID), 413, headers=refused.headers)(scope, receive, send)
+        else:
+            await self.app(scope, self.bounded(receive, self.max_bytes), send)
 
-        async def watched(message: Message) -> None:
-            nonlocal answered
-            answered = True
-            await send(message)
+    async def drain(self, receive: Receive) -> None:
+        """Read a body that is refused: a client that is still sending when the connection closes may miss the answer."""
+        with suppress(HTTPException):
+            while (await receive()).get("more_body", False):
+                pass
 
-        try:
-            declared = dict(scope["headers"]).get(b"content-length", b"0")
-            if declared.isdigit() and int(declared) > self.max_bytes:
-                raise TooLarge
-            await self.app(scope, bounded, watched)
-        except (TooLarge, TooSlow) as error:
-            if answered:
-                raise
-            await self.refuse(error)(scope, receive, send)
-
-    def bounded(self, receive: Receive) -> Receive:
+    def bounded(self, receive: Receive, max_bytes: int) -> Receive:
         """`receive`, held to the limits until the body is complete."""
         read, complete, deadline = 0, False, time.monotonic() + self.seconds
 
@@ -62,21 +54,18 @@ class Limited:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                raise TooSlow from None
+                late = f"the request did not arrive within {self.seconds:g} seconds"
+                raise HTTPException(408, late, {"Connection": "close"}) from None
             read += len(message.get("body", b""))
             complete = message["type"] != "http.request" or not message.get("more_body", False)
-            if read > self.max_bytes:
-                raise TooLarge
+            if read > max_bytes:
+                raise self.too_large()
             return message
 
         return limited
 
-    def refuse(self, error: Exception) -> JSONResponse:
-        if isinstance(error, TooLarge):
-            message, status = f"the request is larger than {self.max_bytes} bytes", 413
-        else:
-            message, status = f"the request did not arrive within {self.seconds:g} seconds", 408
-        return JSONResponse(error_body(message, "invalid_request_error"), status, headers={"Connection": "close"})
+    def too_large(self) -> HTTPException:
+        return HTTPException(413, f"the request is larger than {self.max_bytes} bytes", {"Connection": "close"})
 
 
 class Key:
