@@ -18,7 +18,7 @@ LAYERS = (
     ("generate",),
     ("forecast", "terminal", "lit", "data", "engine"),
     ("callbacks", "loggers"),
-    ("progress", "trainer", "plots"),
+    ("progress", "trainer", "plot"),
     ("report", "served"),
     ("run", "bodies"),
     ("answers",),

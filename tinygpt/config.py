@@ -279,6 +279,7 @@ class ServeConfig:
     api_key: str | None = option(None, "what clients must send as a bearer token; null: $TINYGPT_API_KEY, else none")
     cors: list[str] = option([], "origins whose web pages may call the API, such as https://example.org")
     playground: bool = option(True, "the web page at /")
+    browser: bool = option(False, "open that page in a web browser, where there is a screen")
     max_batch: int = option(32, "texts written at once by each model; more wait", ge=1)
     max_waiting: int = option(256, "texts that may wait for each model; more are refused with 429", ge=1)
     max_prompt_tokens: int = option(16384, "tokens of one prompt; the model reads the last block_size", ge=1)
