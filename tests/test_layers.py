@@ -14,9 +14,10 @@ PACKAGE = ROOT / "tinygpt"
 LAYERS = (
     ("config", "summary"),
     ("tokenizer", "model", "corpus", "batches", "targets", "help", "sweep"),
-    ("optim", "generate", "shards", "evaluate", "hub", "checkpoint", "cli"),
-    ("forecast", "terminal", "lit", "data"),
-    ("callbacks", "loggers"),
+    ("optim", "generate", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
+    ("forecast", "terminal", "lit", "data", "pretrained", "model_card"),
+    ("checkpoint",),
+    ("callbacks", "loggers", "export"),
     ("progress", "trainer", "plots"),
     ("report",),
     ("run",),
@@ -26,6 +27,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "matplotlib", "tiktoken", "tokenizers", "rich")
 TORCH_OR_LESS = ("tokenizer", "model", "optim", "generate", "checkpoint", "corpus", "shards", "batches", "hub", "terminal")
+TORCH_OR_LESS += ("tokenizer_files", "pretrained", "model_card")
 
 
 def imports(path):
