@@ -55,9 +55,7 @@ def export(config: ExportConfig) -> str:
         text = model_card(config.format, model, tokenizer, run_summary(name), opened["tinygpt"], notes)
         (folder / "README.md").write_text(text, encoding="utf-8")
         difference = check(model, folder)
-    said = (
-        f"{config.out}: {model.num_parameters():,} parameters; loaded again, its logits are within {difference:.1e} of ours"
-    )
+    said = f"{config.out}: {model.num_parameters():,} parameters; loaded again, within {difference:.1e} of our logits"
     if config.format == "hf" and not notes:
         said += ", and AutoTokenizer gives our ids"
     return "\n".join([said, *(f"note: {note}" for note in notes)])

@@ -7,7 +7,7 @@ says of sizes is held against the tensors that are there before any memory is as
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,12 +131,18 @@ def fetch(name: str) -> Path:
 def _reason(error: Exception, offline: bool) -> str:
     if offline:
         return "HF_HUB_OFFLINE is set, and it is not in the cache"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = next((r.status_code for e in _chain(error) if (r := getattr(e, "response", None)) is not None), None)
     if status in (401, 403, 404):
         return f"there is no such model, or it needs a login (HTTP {status})"
     if isinstance(error, OSError) and error.errno:  # a full disk, say
         return error.strerror or str(error)
     return f"HTTP {status}" if status else "no connection, and it is not in the cache"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 # From a folder
