@@ -16,18 +16,26 @@ LAYERS = (
     ("tokenizer", "model", "files", "batches", "targets", "help", "sweep"),
     ("imdb", "tokens", "documents"),
     ("corpus",),
-    ("optim", "generate", "shards", "evaluate", "hub", "checkpoint", "cli"),
-    ("forecast", "terminal", "lit", "data"),
-    ("callbacks", "loggers"),
-    ("progress", "trainer", "plots"),
-    ("report",),
-    ("run",),
+    ("optim", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
+    ("generate",),
+    ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
+    ("checkpoint",),
+    ("callbacks", "loggers", "export"),
+    ("progress", "trainer", "plot"),
+    ("report", "served"),
+    ("run", "bodies"),
+    ("answers",),
+    ("guard", "openai_api"),
+    ("serve",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "matplotlib", "tiktoken", "tokenizers", "rich")
-TORCH_OR_LESS = ("tokenizer", "model", "optim", "generate", "checkpoint", "corpus", "shards", "batches", "hub", "terminal")
+TORCH_OR_LESS = (
+    *("tokenizer", "model", "optim", "cache", "generate", "engine", "checkpoint", "pretrained", "hub"),
+    *("corpus", "shards", "batches", "terminal", "tokenizer_files", "model_card"),
+)
 
 
 def imports(path):
