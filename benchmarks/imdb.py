@@ -6,8 +6,7 @@ first 64 tokens of each of its reviews.
 
     python benchmarks/imdb.py [--minutes 20] [--seed 1] [--val-tokens N] [--trial]
 
-Needs the corpus in $TINYGPT_DATA_DIR or a network. Prints a table; unless it is a trial also writes it to docs/imdb.md,
-and benchmarks/results/imdb.json.
+Needs the corpus in $TINYGPT_DATA_DIR or a network. Writes benchmarks/results/imdb.json, unless it is a trial.
 """
 
 import argparse
@@ -22,7 +21,6 @@ from common import ROOT, machine, write_result
 
 RECIPES = ("imdb_reference_small", "imdb_small")
 PROBE = 0.05  # of the time: how long the speed is measured
-BEGIN, END = "<!-- benchmarks/imdb.py -->\n", "<!-- end -->"
 
 
 def script(verb: str, *overrides: str) -> str:
@@ -61,42 +59,23 @@ def race(name: str, seconds: float, seed: int, limit: int | None, folder: Path) 
     return found
 
 
-def table(results: dict[str, dict[str, Any]], minutes: float) -> str:
-    """The results in Markdown."""
-    columns = ("parameters", "steps", "tokens", "seconds", "all windows", "first 64 tokens of each review")
-    lines = [f"| {minutes:g} minutes each | {' | '.join(columns)} |", "|---" * 7 + "|"]
-    for name, row in results.items():
-        losses = (f"{row[rows]['loss']:.3f}, {row[rows]['accuracy']:.2%}" for rows in ("windows", "openings"))
-        counts = (f"{row[key]:,.0f}" for key in ("parameters", "steps", "tokens", "training_seconds"))
-        lines.append(f"| `{name}` | {' | '.join(counts)} | {' | '.join(losses)} |")
-    return "\n".join(lines) + "\n"
-
-
-def write_table(text: str) -> None:
-    page = ROOT / "docs" / "imdb.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    page.write_text(before + BEGIN + text + END + rest.partition(END)[2], encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--val-tokens", type=int, help="validate on the first so many tokens; all where it is not said")
-    parser.add_argument("--trial", action="store_true", help="print the table and write nothing")
+    parser.add_argument("--trial", action="store_true", help="write nothing")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         seconds, limit = arguments.minutes * 60, arguments.val_tokens
         results = {name: race(name, seconds, arguments.seed, limit, Path(folder)) for name in RECIPES}
     reference, ours = (results[name] for name in RECIPES)
     assert ours["parameters"] <= reference["parameters"]
-    print(f"\n{table(results, arguments.minutes)}")
     print(f"seconds, ours over the reference's: {ours['training_seconds'] / reference['training_seconds']:.3f}")
     for rows in ("windows", "openings"):
         print(f"{rows}: loss {reference[rows]['loss'] - ours[rows]['loss']:.3f} lower than the reference's")
     if not arguments.trial:
         write_result("imdb", {"minutes": arguments.minutes, "seed": arguments.seed, "runs": results, **machine()})
-        write_table(table(results, arguments.minutes))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 
+import imdb
 import reference
 import results
 import shapes
@@ -25,6 +26,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "measured-on": results.measured_on,
     "seeds": results.seeds,
     "sample": results.sample,
+    "imdb-prepared": imdb.prepared,
+    "imdb-vocabulary": imdb.vocabulary,
+    "imdb-padding": imdb.padding,
+    "imdb-race": imdb.race,
     "shapes": shapes.steps,
     "parameters": shapes.parameters,
 }
