@@ -3,6 +3,7 @@
 # make sample   sample from the newest run                                 make sample ARGS='prompt="To be"'
 # make lint     ruff and mypy
 # make test     the tests                                                  make test ARGS="-k tokenizer"
+# make docs     the docs as a site, in site/index.html
 #
 # PYTHON=python3.12 chooses the interpreter, JOBS=4 the test processes, THREADS=4 the threads of each.
 
@@ -12,7 +13,7 @@ THREADS ?= 1
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: setup lint test train sample
+.PHONY: setup lint test train sample docs
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/core.stamp
@@ -30,6 +31,9 @@ lint: $(VENV)/dev.stamp
 
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+docs: $(VENV)/dev.stamp
+	$(VENV)/bin/python -m mkdocs build --strict
 
 # A stamp is written last, so that an interrupted set-up is taken up again. torch comes first, and shows its progress:
 # it is by far the largest. A build of torch that is already there (the CPU build, say) is kept.

@@ -17,15 +17,14 @@ TINY = ["model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_siz
 MADE_BY_CI = ("make ", "python3 -m venv", ". .venv", "pip install")  # the set-up: .ci/run does it
 
 
-def readme_commands():
-    """The lines of the README's sh blocks, without their comments."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.splitlines()]
+def commands_of(path):
+    """The lines of a page's sh blocks, without their comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return list(dict.fromkeys(re.sub(r"\s+#.*", "", line) for line in lines))
 
 
-COMMANDS = [line for line in readme_commands() if not line.startswith(MADE_BY_CI)]
+COMMANDS = [line for line in commands_of(ROOT / "README.md") if not line.startswith(MADE_BY_CI)]
 
 
 def shrink(words):
