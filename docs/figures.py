@@ -2,7 +2,7 @@
 
     python docs/figures.py [--run outputs/latest]
 
-Without --run it trains `experiment=shakespeare_char_cpu` first, two minutes on two CPU cores. The corpus is looked for in
+Without --run it trains `experiment=shakespeare_char_cpu` first, some minutes on a CPU. The corpus is looked for in
 $TINYGPT_DATA_DIR, or downloaded.
 """
 

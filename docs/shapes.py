@@ -114,11 +114,11 @@ def letters() -> str:
 
 
 def letter(shape: Shape) -> str:
-    return f"({', '.join(LETTERS[n] for n in shape)})" if shape else "()"
+    return f"`({', '.join(LETTERS[n] for n in shape)})`"
 
 
 def written(shape: Shape) -> str:
-    return f"({', '.join(map(str, shape))})" if shape else "()"
+    return f"`({', '.join(map(str, shape))})`"
 
 
 def preset(name: str) -> ModelConfig:
