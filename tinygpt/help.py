@@ -17,6 +17,10 @@ EXAMPLES = {
         'python sample.py ckpt=latest prompt="To be" temperature=0.8 top_k=50',
         "python sample.py ckpt=latest interactive=true",
     ),
+    "export": (
+        "python export.py ckpt=latest format=hf out=my-model",
+        "python export.py ckpt=outputs/run1 format=safetensors out=my-model",
+    ),
     "evaluate": (
         "python evaluate.py ckpt=latest split=val",
         "python evaluate.py ckpt=latest data=text data.path=my.txt",
