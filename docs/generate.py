@@ -25,6 +25,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "measured-on": results.measured_on,
     "seeds": results.seeds,
     "sample": results.sample,
+    "serving": results.serving,
     "letters": shapes.letters,
     "shapes": shapes.steps,
     "parameters": shapes.parameters,

@@ -75,6 +75,25 @@ def place(result: dict[str, Any]) -> str:
     return f"{machine['processor']}, {machine['cores']} cores, {machine['system']}; {names}; {result['date']}"
 
 
+def serving() -> str:
+    """What many clients at once get from one server."""
+    if not (RESULTS / "serving.json").exists():
+        return "Not measured yet; `benchmarks/serving.py` does it."
+    result = read("serving")
+    rows = [
+        (
+            clients,
+            ranged(one["tokens_per_second"], 0),
+            ranged(one["ratio_to_one_client"], 1),
+            ranged(one["worst_first_token_seconds"], 1),
+        )
+        for clients, one in result["clients"].items()
+    ]
+    head = ("clients", "tokens/s in all", "over one client", "slowest first token, s")
+    how = f"`{result['model']}`, {result['new_tokens']} new tokens each, {result['rounds']} rounds; mean, and range"
+    return f"{table(head, rows)}\n\n{how} in brackets. `benchmarks/serving.py`, on {place(result)}."
+
+
 def seeds() -> str:
     """The parity runs one by one."""
     rows = [
