@@ -14,20 +14,39 @@ PACKAGE = ROOT / "tinygpt"
 LAYERS = (
     ("config", "summary"),
     ("tokenizer", "model", "corpus", "batches", "targets", "help", "sweep"),
-    ("optim", "generate", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
-    ("forecast", "terminal", "lit", "data", "pretrained", "model_card"),
+    ("optim", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
+    ("generate", "pretrained", "model_card"),
     ("checkpoint",),
-    ("callbacks", "loggers", "export"),
-    ("progress", "trainer", "plots"),
-    ("report",),
-    ("run",),
+    ("forecast", "terminal", "lit", "data", "engine", "export"),
+    ("callbacks", "loggers"),
+    ("progress", "trainer", "plot"),
+    ("report", "served"),
+    ("run", "bodies"),
+    ("answers",),
+    ("guard", "openai_api"),
+    ("serve",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "matplotlib", "tiktoken", "tokenizers", "rich")
-TORCH_OR_LESS = ("tokenizer", "model", "optim", "generate", "checkpoint", "corpus", "shards", "batches", "hub", "terminal")
-TORCH_OR_LESS += ("tokenizer_files", "pretrained", "model_card")
+TORCH_OR_LESS = (
+    "tokenizer",
+    "model",
+    "optim",
+    "cache",
+    "generate",
+    "engine",
+    "checkpoint",
+    "corpus",
+    "shards",
+    "batches",
+    "hub",
+    "tokenizer_files",
+    "pretrained",
+    "model_card",
+    "terminal",
+)
 
 
 def imports(path):

@@ -58,10 +58,14 @@ def run(command, monkeypatch, capsys):
             [sys.executable, str(ROOT / words[1]), *words[2:]], input="The\nquit\n", capture_output=True, text=True
         )
         return done.returncode, done.stdout, done.stderr
-    monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[2:]])
+    module = words[2] if words[1] == "-m" else None
+    monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[3 if module else 2 :]])
     code = 0
     try:
-        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+        if module:
+            runpy.run_module(module, run_name="__main__")
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as leaving:
         code = leaving.code or 0
     return code, *capsys.readouterr()

@@ -133,6 +133,18 @@ def test_ctrl_c_during_the_first_validation_saves_too(tmp_path, monkeypatch, who
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
 
 
+def test_the_clock_of_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killed(patch, 14)
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path, **HARD)
+    path = tmp_path / "run" / "metrics.csv"
+    path.write_text(re.sub(r"[\d.]+$", "1000", path.read_text(), flags=re.MULTILINE))  # every line as if it had taken long
+    seconds = [float(row["seconds"]) for row in rows(run(tmp_path, resume="auto", **HARD))]
+    assert seconds == sorted(seconds)
+    assert seconds[0] == 1000 < seconds[-1] < 2000
+
+
 def test_a_run_may_be_interrupted_again_and_again(tmp_path, monkeypatch, whole):
     for step in (5, 6, 13):
         with monkeypatch.context() as patch:

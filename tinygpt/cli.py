@@ -29,8 +29,8 @@ from tinygpt.config import BUDGETS, UserError, all_keys, from_dict, inner_schema
 from tinygpt.help import print_help
 from tinygpt.sweep import rank
 
-VERBATIM = ("prompt", "ckpt", "resume", "init_from", "out", "data.path")
-NULLABLE = ("resume", "init_from", "out", "data.path")  # elsewhere null is a word like any other
+VERBATIM = ("prompt", "ckpt", "resume", "init_from", "out", "data.path", "gpt2", "api_key")
+NULLABLE = ("resume", "init_from", "out", "data.path", "gpt2", "api_key")  # elsewhere null is a word like any other
 OPEN_GROUPS = ("trainer", "logger", "callbacks")  # theirs: checked against signatures when they are built
 HYDRA_FLAGS = ("-m", "--multirun", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "--version")
 

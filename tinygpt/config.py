@@ -289,6 +289,31 @@ class ExportConfig:
         check(self, "")
 
 
+@dataclass
+class ServeConfig:
+    """Models over HTTP, and the playground."""
+
+    ckpt: str = option("latest", "a checkpoint, served as `custom`, or several: {name:path,other:path}")
+    gpt2: str | None = option("hf:gpt2", "what the model `gpt2` is loaded from on its first use; null: no such model")
+    host: str = option("127.0.0.1", "the address to listen at; 0.0.0.0: every one of this machine")
+    port: int = option(8000, "the port to listen at; 0: a free one", ge=0, lt=65536)
+    api_key: str | None = option(None, "what clients must send as a bearer token; null: $TINYGPT_API_KEY, else none")
+    cors: list[str] = option([], "origins whose web pages may call the API, such as https://example.org")
+    playground: bool = option(True, "the web page at /")
+    browser: bool = option(False, "open that page in a web browser, where there is a screen")
+    max_batch: int = option(32, "texts written at once by each model; more wait", ge=1)
+    max_waiting: int = option(256, "texts that may wait for each model; more are refused with 429", ge=1)
+    max_prompt_tokens: int = option(16384, "tokens of one prompt; the model reads the last block_size", ge=1)
+    max_new_tokens: int = option(4096, "new tokens of one text", ge=1)
+    max_body_bytes: int = option(2**20, "bytes of one request", ge=1024)
+    timeout: float = option(30.0, "seconds that a request may take to arrive", gt=0)
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    debug: bool = option(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        check(self, "")
+
+
 def inner_schema(item: dataclasses.Field[Any]) -> type | None:
     """The dataclass that a field holds, also where it may be null."""
     for kind in getattr(item.type, "__args__", (item.type,)):

@@ -1,4 +1,4 @@
-"""Text from a model: the key/value cache, the samplers, the token loop and the text that streams from it.
+"""Text from a model: the samplers, the token loop and the text that streams from it.
 
 `stream_tokens` is the engine: token ids in, one id per sequence out at each step, and nothing about text. All
 else is built on it: `Continuation` turns ids into text that is certain (whole characters, no stop string),
@@ -16,46 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinygpt.cache import KVCache
 from tinygpt.config import SampleConfig, UserError
 from tinygpt.model import GPT
 from tinygpt.tokenizer import END_OF_TEXT, Detokenizer, Tokenizer
 
 GREEDY_BELOW = 1e-5  # a temperature below this is 0: dividing by it would overflow
-
-
-class KVCache:
-    """Keys and values of the tokens already read, for one batch; `length` tokens are held, `capacity` fit.
-
-    The buffers, (B, K, capacity, D) per layer, are made when the first tokens come, and then only written to.
-    """
-
-    def __init__(self, n_layer: int, capacity: int) -> None:
-        self.n_layer, self.capacity, self.length = n_layer, capacity, 0
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v, each (B, K, T, D), to a layer's and return all of them: (B, K, length + T, D).
-
-        Layers come in order, and the last one moves `length` on, so that all see the same length in one
-        forward pass.
-        """
-        if layer == len(self._keys):
-            shape = (*k.shape[:2], self.capacity, k.shape[3])
-            self._keys.append(k.new_empty(shape))
-            self._values.append(v.new_empty(shape))
-        start, end = self.length, self.length + k.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"{end} tokens do not fit into a cache of {self.capacity}")
-        self._keys[layer][:, :, start:end] = k
-        self._values[layer][:, :, start:end] = v
-        if layer == self.n_layer - 1:
-            self.length = end
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
-
-    def clear(self) -> None:
-        """Forget the tokens, keep the buffers."""
-        self.length = 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +91,18 @@ def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Ge
         logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
     if sampling.greedy:
         return logits.argmax(-1)
-    return torch.multinomial(warp(logits, sampling).softmax(-1), 1, generator=generator)[:, 0]
+    return draw(warp(logits, sampling), torch.rand(len(logits), 1, generator=generator, device=logits.device))
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """A token (B,) by the softmax of logits (B, V), for uniform numbers (B, 1) from [0, 1).
+
+    The first whose cumulated probability exceeds the number: one number a token, where torch.multinomial draws V of them.
+    """
+    cumulated = logits.softmax(-1).cumsum(-1)
+    total = cumulated[:, -1:]
+    below = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))  # the product may round up to the total
+    return torch.searchsorted(cumulated, below, right=True)[:, 0]
 
 
 @contextmanager

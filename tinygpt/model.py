@@ -17,7 +17,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens already read; `generate.KVCache` is one."""
+    """Keys and values of the tokens already read; `cache.KVCache` is one."""
 
     length: int
 

@@ -55,6 +55,7 @@ class MetricsWriter(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 logger.cut_back(trainer.global_step)
+                self.start -= logger.seconds  # the clock of a resumed run goes on from the line that it goes on from
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ from tinygpt.generate import opening
 from tinygpt.lit import LitGPT
 from tinygpt.loggers import finish
 from tinygpt.model import GPT
-from tinygpt.plots import draw_curves
+from tinygpt.plot import draw_curves
 from tinygpt.progress import MetricsWriter, ProgressBar, Throughput
 from tinygpt.report import Outcome, print_result, say_forecast, write_summary
 from tinygpt.shards import Prepared, prepare
