@@ -15,10 +15,10 @@ LAYERS = (
     ("config", "summary"),
     ("tokenizer", "model", "corpus", "batches", "targets", "help", "sweep"),
     ("optim", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
-    ("generate", "pretrained", "model_card"),
+    ("generate",),
+    ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
     ("checkpoint",),
-    ("forecast", "terminal", "lit", "data", "engine", "export"),
-    ("callbacks", "loggers"),
+    ("callbacks", "loggers", "export"),
     ("progress", "trainer", "plot"),
     ("report", "served"),
     ("run", "bodies"),
@@ -31,21 +31,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "matplotlib", "tiktoken", "tokenizers", "rich")
 TORCH_OR_LESS = (
-    "tokenizer",
-    "model",
-    "optim",
-    "cache",
-    "generate",
-    "engine",
-    "checkpoint",
-    "corpus",
-    "shards",
-    "batches",
-    "hub",
-    "tokenizer_files",
-    "pretrained",
-    "model_card",
-    "terminal",
+    *("tokenizer", "model", "optim", "cache", "generate", "engine", "checkpoint", "pretrained", "hub"),
+    *("corpus", "shards", "batches", "terminal", "tokenizer_files", "model_card"),
 )
 
 

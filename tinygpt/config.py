@@ -272,28 +272,10 @@ class EvaluateConfig:
 
 
 @dataclass
-class ExportConfig:
-    """The weights of a checkpoint as a directory for other programs."""
-
-    ckpt: str = option("latest", CKPT)
-    format: str = option(
-        "hf",
-        "hf: what transformers and vLLM load (GPT-2 or Llama) | safetensors: any model, for tinygpt",
-        choices=("hf", "safetensors"),
-    )
-    out: str | None = option(None, "the directory to write; an earlier export there is replaced")
-    overwrite: bool = option(False, "replace the directory whatever it holds")
-    debug: bool = option(False, "show the traceback of an error")
-
-    def __post_init__(self) -> None:
-        check(self, "")
-
-
-@dataclass
 class ServeConfig:
     """Models over HTTP, and the playground."""
 
-    ckpt: str = option("latest", "a checkpoint, served as `custom`, or several: {name:path,other:path}")
+    ckpt: str = option("latest", f"{CKPT}; served as `custom`; or several: {{name:path,other:path}}")
     gpt2: str | None = option("hf:gpt2", "what the model `gpt2` is loaded from on its first use; null: no such model")
     host: str = option("127.0.0.1", "the address to listen at; 0.0.0.0: every one of this machine")
     port: int = option(8000, "the port to listen at; 0: a free one", ge=0, lt=65536)
@@ -308,6 +290,24 @@ class ServeConfig:
     max_body_bytes: int = option(2**20, "bytes of one request", ge=1024)
     timeout: float = option(30.0, "seconds that a request may take to arrive", gt=0)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    debug: bool = option(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        check(self, "")
+
+
+@dataclass
+class ExportConfig:
+    """The weights of a checkpoint as a directory for other programs."""
+
+    ckpt: str = option("latest", CKPT)
+    format: str = option(
+        "hf",
+        "hf: what transformers and vLLM load (GPT-2 or Llama) | safetensors: any model, for tinygpt",
+        choices=("hf", "safetensors"),
+    )
+    out: str | None = option(None, "the directory to write; an earlier export there is replaced")
+    overwrite: bool = option(False, "replace the directory whatever it holds")
     debug: bool = option(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:
