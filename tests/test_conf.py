@@ -12,13 +12,23 @@ from hypothesis import strategies as st
 from scripts import ROOT, run_inside
 
 from tinygpt import cli
-from tinygpt.config import EvaluateConfig, SampleConfig, TrainConfig, UserError, all_keys, from_dict, inner_schema, unescape
+from tinygpt.config import (
+    EvaluateConfig,
+    ExportConfig,
+    SampleConfig,
+    TrainConfig,
+    UserError,
+    all_keys,
+    from_dict,
+    inner_schema,
+    unescape,
+)
 from tinygpt.model import GPT
 from tinygpt.targets import check_node
 from tinygpt.trainer import check_trainer
 
 CONF = ROOT / "conf"
-SCHEMAS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
+SCHEMAS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig, "export": ExportConfig}
 CHOICES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/**/*.yaml"))
 
 

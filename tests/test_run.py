@@ -246,7 +246,19 @@ def test_a_resumed_run_refuses_another_text(tmp_path):
 
 def test_resume_and_init_from_exclude_each_other(tmp_path):
     with pytest.raises(UserError, match="exclude each other"):
-        run(tmp_path, resume="auto", init_from="x")
+        run(tmp_path, resume="x", init_from="x")
+
+
+def test_with_resume_auto_init_from_is_where_the_first_start_begins(tmp_path):
+    run(tmp_path, "first", model={"n_embd": 32})
+    started = {"resume": "auto", "init_from": "first", "steps": 6, "every": 3}
+    once = run(tmp_path, "once", **started)
+    run(tmp_path, "twice", **{**started, "steps": 3})
+    twice = run(tmp_path, "twice", **started)
+    assert summary(twice)["steps"] == 6
+    assert ckpt.load(twice)[0].config.n_embd == 32
+    assert column(twice, "train/loss")[-1] != column(tmp_path / "first", "train/loss")[-1]
+    assert len(column(once, "val/loss")) == 3
 
 
 def test_init_from_takes_weights_and_tokenizer(tmp_path):

@@ -192,7 +192,7 @@ class TrainConfig:
     seed: int = option(1337, "decides initial weights, batches and dropout", ge=0, lt=2**63)
     compile: bool = option(False, "compile the model with torch.compile (pays on long runs)")
     resume: str | None = option(None, "auto, or a checkpoint or run directory to continue from")
-    init_from: str | None = option(None, "a checkpoint whose weights (and tokenizer) to start from")
+    init_from: str | None = option(None, "weights (with shape and tokenizer) to start from: whatever ckpt= may be")
     stop_at_loss: float | None = option(None, "end when the training or validation loss reaches this", gt=0)
     dry_run: bool = option(False, "print the forecast and stop")
     data_dir: str | None = option(None, "where corpora live; null: $TINYGPT_DATA_DIR, else data/")
@@ -228,11 +228,14 @@ REFUSED_TRAINER_ARGUMENTS = {
 }
 
 
+CKPT = "a .ckpt file, a run directory, latest, an exported directory, hf:NAME or hf:DIR"
+
+
 @dataclass
 class SampleConfig:
     """Text from a checkpoint."""
 
-    ckpt: str = option("latest", "a .ckpt file, a run directory, or latest")
+    ckpt: str = option("latest", CKPT)
     prompt: str = option("\n", "the text to continue; @FILE reads a file, - standard input")
     num_samples: int = option(1, "how many continuations", ge=1)
     max_new_tokens: int = option(256, "how many tokens each", ge=1)
@@ -255,7 +258,7 @@ class SampleConfig:
 class EvaluateConfig:
     """The loss of a checkpoint on a text."""
 
-    ckpt: str = option("latest", "a .ckpt file, a run directory, or latest")
+    ckpt: str = option("latest", CKPT)
     split: str = option("val", "which part of the corpus", choices=("train", "val", "all"))
     data: DataConfig | None = option(None, "another text (data=text data.path=...); null: the checkpoint's own corpus")
     batch_size: int = option(32, "windows per forward pass", ge=1)
@@ -272,7 +275,7 @@ class EvaluateConfig:
 class ServeConfig:
     """Models over HTTP, and the playground."""
 
-    ckpt: str = option("latest", "a checkpoint, served as `custom`, or several: {name:path,other:path}")
+    ckpt: str = option("latest", f"{CKPT}; served as `custom`; or several: {{name:path,other:path}}")
     gpt2: str | None = option("hf:gpt2", "what the model `gpt2` is loaded from on its first use; null: no such model")
     host: str = option("127.0.0.1", "the address to listen at; 0.0.0.0: every one of this machine")
     port: int = option(8000, "the port to listen at; 0: a free one", ge=0, lt=65536)
@@ -287,6 +290,24 @@ class ServeConfig:
     max_body_bytes: int = option(2**20, "bytes of one request", ge=1024)
     timeout: float = option(30.0, "seconds that a request may take to arrive", gt=0)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    debug: bool = option(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        check(self, "")
+
+
+@dataclass
+class ExportConfig:
+    """The weights of a checkpoint as a directory for other programs."""
+
+    ckpt: str = option("latest", CKPT)
+    format: str = option(
+        "hf",
+        "hf: what transformers and vLLM load (GPT-2 or Llama) | safetensors: any model, for tinygpt",
+        choices=("hf", "safetensors"),
+    )
+    out: str | None = option(None, "the directory to write; an earlier export there is replaced")
+    overwrite: bool = option(False, "replace the directory whatever it holds")
     debug: bool = option(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:

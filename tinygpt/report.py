@@ -20,7 +20,7 @@ from rich.table import Table
 
 from tinygpt import __version__
 from tinygpt.callbacks import BestCheckpoint
-from tinygpt.checkpoint import load
+from tinygpt.checkpoint import load_for_text
 from tinygpt.config import TrainConfig
 from tinygpt.forecast import Forecast
 from tinygpt.generate import generate, opening
@@ -158,7 +158,7 @@ def print_result(outcome: Outcome) -> None:
         table.add_row("checkpoint", from_here(Path(summary["checkpoint"])))
     console.print(Panel(table, title=outcome.prepared.corpus, expand=False))
     if summary["checkpoint"]:
-        model, tokenizer = load(summary["checkpoint"])
+        model, tokenizer = load_for_text(summary["checkpoint"])
         prompt = opening("\n", tokenizer)
         print(generate(model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1).strip("\n"))
         print(f"\nmore: python sample.py ckpt={shlex.quote(from_here(Path(summary['checkpoint'])))}")

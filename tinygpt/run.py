@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import logging
 import os
 import sys
@@ -32,7 +33,6 @@ from tinygpt.report import Outcome, print_result, say_forecast, write_summary
 from tinygpt.shards import Prepared, prepare
 from tinygpt.summary import read_summary
 from tinygpt.targets import build, check_node
-from tinygpt.tokenizer import from_state
 from tinygpt.trainer import accelerator, check_trainer, make_trainer, precision, total_steps, world_size
 
 log = logging.getLogger("tinygpt")
@@ -58,8 +58,8 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
     check_trainer(config.trainer)
     check_nodes(config)
     device = accelerator(config.trainer)
-    init = ckpt.open_checkpoint(ckpt.find(config.init_from)) if config.init_from and started is None else None
-    prepared = prepare_data(config, started or init)
+    init = starting_weights(config, overrides) if config.init_from and started is None else None
+    prepared = prepare_data(config, started, init)
     if started is not None:
         refuse_changes(config, prepared, started)
     plan = make_plan(config, prepared, model_shape(config, init), device)
@@ -89,7 +89,7 @@ def starting_checkpoint(config: TrainConfig, run_dir: Path) -> dict[str, Any] | 
     """The opened checkpoint to resume from, with its path under "path"; None for a new run."""
     if config.resume is None:
         return None
-    if config.init_from:
+    if config.init_from and config.resume != "auto":  # which is a new run's command too
         raise UserError("resume and init_from exclude each other", "resume goes on with a run; init_from starts a new one")
     path = run_dir / "checkpoints" / "last.ckpt" if config.resume == "auto" else ckpt.find(config.resume, "last")
     if config.resume == "auto" and not path.exists():
@@ -102,7 +102,9 @@ def continued(config: TrainConfig, overrides: Sequence[str], card: dict[str, Any
 
     resume=auto repeats the command of the run, so there the command is the config.
     """
-    keys = [override.partition("=")[0].lstrip("+~").replace("/", ".").split("@")[0] for override in overrides]
+    keys = override_keys(overrides)
+    if config.init_from:
+        return replace(config, model=replace(ModelConfig(**card["model"]), dropout=config.model.dropout))
     if config.resume == "auto" or "experiment" in keys:
         return config
     given, values = asdict(config), {**asdict(config), **card["config"]}
@@ -111,6 +113,11 @@ def continued(config: TrainConfig, overrides: Sequence[str], card: dict[str, Any
         set_path(values, given, key.split("."))
     restored: TrainConfig = from_dict(TrainConfig, values)
     return restored
+
+
+def override_keys(overrides: Sequence[str]) -> list[str]:
+    """The dotted keys that the command line names."""
+    return [override.partition("=")[0].lstrip("+~").replace("/", ".").split("@")[0] for override in overrides]
 
 
 def set_path(target: dict[str, Any], source: dict[str, Any], path: list[str]) -> None:
@@ -168,31 +175,46 @@ def refuse_budget(config: TrainConfig, steps: int, taken: int) -> None:
         )
 
 
+def starting_weights(config: TrainConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The opened checkpoint of init_from: its model, with the config's dropout and the block_size that is asked for.
+
+    The command line asks by its key; an experiment does by having a smaller one.
+    """
+    _, opened = ckpt.open_any(str(config.init_from))
+    keys, wanted = override_keys(overrides), config.model.block_size
+    stored = opened["tinygpt"]["model"]["block_size"]
+    if "model.block_size" in keys or ("experiment" in keys and wanted < stored):
+        opened = ckpt.crop(opened, wanted)
+    card = opened["tinygpt"]
+    return {**opened, "tinygpt": {**card, "model": {**card["model"], "dropout": config.model.dropout}}}
+
+
 # What it trains on
 
 
-def prepare_data(config: TrainConfig, source: dict[str, Any] | None) -> Prepared:
-    """The corpus as tokens; a checkpoint that the run starts from brings its tokenizer."""
-    tokenizer = from_state(source["tinygpt"]["tokenizer"]) if source else None
-    if source and config.resume and asdict(config.data.tokenizer) != source["tinygpt"]["config"]["data"]["tokenizer"]:
+def prepare_data(config: TrainConfig, started: dict[str, Any] | None, init: dict[str, Any] | None) -> Prepared:
+    """The corpus as tokens; a checkpoint that the run starts from brings its tokenizer, if it has one."""
+    source = started or init
+    tokenizer = ckpt.stored_tokenizer(source) if source else None
+    if started and asdict(config.data.tokenizer) != started["tinygpt"]["config"]["data"]["tokenizer"]:
         tokenizer = None  # refuse_changes names it
-    return prepare(config.data, data_dir(config.data_dir), cache_dir(config.cache_dir), tokenizer)
+    prepared = prepare(config.data, data_dir(config.data_dir), cache_dir(config.cache_dir), tokenizer)
+    if init:
+        ckpt.check_vocabulary(init, prepared.tokenizer)
+    return prepared
 
 
 def model_shape(config: TrainConfig, init: dict[str, Any] | None) -> ModelConfig:
-    """The config's model; where weights come from a checkpoint, its model with the config's dropout."""
-    if init is None:
-        return config.model
-    return replace(ModelConfig(**init["tinygpt"]["model"]), dropout=config.model.dropout)
+    """The config's model, or that of the weights to start from."""
+    return config.model if init is None else ModelConfig(**init["tinygpt"]["model"])
 
 
 def make_model(config: TrainConfig, prepared: Prepared, init: dict[str, Any] | None) -> GPT:
     """A model with the initial weights that the seed decides, or a checkpoint's."""
     torch.manual_seed(config.seed)
-    model = GPT(model_shape(config, init), prepared.tokenizer.vocab_size)
-    if init is not None:
-        model.load_state_dict(ckpt.build_model(init).state_dict())
-    return model
+    if init is None:
+        return GPT(config.model, prepared.tokenizer.vocab_size)
+    return copy.deepcopy(ckpt.build_model(init))  # in memory of its own, aligned like any other
 
 
 # What it will cost

@@ -224,7 +224,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 END_OF_TEXT = "<|endoftext|>"
 
 
-class _MergedBytes(Tokenizer):
+class MergedBytes(Tokenizer):
     """Byte-level BPE, run by tiktoken: a token's rank is its id and the order in which it is merged."""
 
     def __init__(self, ranks: Sequence[bytes], pattern: str, special_tokens: dict[str, int]) -> None:
@@ -283,7 +283,7 @@ def _cut_long_spaces(text: str) -> list[str]:
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-class GPT2Tokenizer(_MergedBytes):
+class GPT2Tokenizer(MergedBytes):
     """OpenAI's GPT-2 vocabulary: 50,256 byte sequences and `<|endoftext|>`."""
 
     kind = "gpt2"
@@ -291,14 +291,14 @@ class GPT2Tokenizer(_MergedBytes):
     @classmethod
     def from_merges(cls, path: Path) -> Self:
         """Read OpenAI's `vocab.bpe`: a header, then one merge a line, best first."""
-        byte_of = _bytes_by_character()
+        byte_of = bytes_by_character()
         merges = path.read_text(encoding="utf-8").split("\n")[1:-1]
         merged = [bytes(byte_of[character] for character in merge if character != " ") for merge in merges]
         ranks = [bytes([value]) for value in byte_of.values()] + merged
         return cls(ranks, GPT2_PATTERN, {END_OF_TEXT: len(ranks)})
 
 
-class BPETokenizer(_MergedBytes):
+class BPETokenizer(MergedBytes):
     """A byte-level BPE learned from text, cut by GPT-2's pattern. Any text round-trips."""
 
     kind = "bpe"
@@ -311,7 +311,7 @@ class BPETokenizer(_MergedBytes):
         from tokenizers import Tokenizer as Learner
         from tokenizers import models, pre_tokenizers, trainers
 
-        byte_of = _bytes_by_character()
+        byte_of = bytes_by_character()
         learner = Learner(models.BPE())
         learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=list(byte_of), show_progress=False)
@@ -321,7 +321,7 @@ class BPETokenizer(_MergedBytes):
         return cls([bytes(byte_of[character] for character in token) for token in tokens], GPT2_PATTERN, {})
 
 
-def _bytes_by_character() -> dict[str, int]:
+def bytes_by_character() -> dict[str, int]:
     """GPT-2's spelling of bytes: printable Latin-1 characters as they are, the others from U+0100 on."""
     printable = [value for value in range(256) if chr(value).isprintable() and chr(value) != " "]
     others = [value for value in range(256) if value not in printable]
