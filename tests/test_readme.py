@@ -52,19 +52,15 @@ def playground(tmp_path_factory):
 
 def run(command, monkeypatch, capsys):
     words = shrink(shlex.split(command))
-    if "trainer=ddp_cpu" in words or "interactive=true" in words:  # other processes, and a prompt: as a user would
-        done = subprocess.run(
-            [sys.executable, str(ROOT / words[1]), *words[2:]], input="The\nquit\n", capture_output=True, text=True
-        )
+    if words[1] == "-m" or "trainer=ddp_cpu" in words or "interactive=true" in words:  # as a user would: a process, a prompt
+        script = [words[1]] if words[1] == "-m" else [str(ROOT / words[1])]
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))  # -m looks there
+        done = subprocess.run([sys.executable, *script, *words[2:]], input="The\nquit\n", capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
-    module = words[2] if words[1] == "-m" else None
-    monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[3 if module else 2 :]])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[2:]])
     code = 0
     try:
-        if module:
-            runpy.run_module(module, run_name="__main__")
-        else:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
     except SystemExit as leaving:
         code = leaving.code or 0
     return code, *capsys.readouterr()
