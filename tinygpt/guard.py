@@ -11,20 +11,12 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinygpt.answers import error_body
+from tinygpt.answers import INVALID, error_body
 from tinygpt.served import Library
 
 
-class TooLarge(Exception):
-    """The body of a request is larger than it may be."""
-
-
-class TooSlow(Exception):
-    """A request has not arrived in time."""
-
-
 class Limited:
-    """ASGI middleware: a body that is too large gets 413, one that does not arrive in time 408, others are passed on."""
+    """ASGI middleware: a body that is too large gets 413, one that does not arrive in time 408."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
         self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
@@ -33,23 +25,12 @@ class Limited:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answered = False
-        bounded = self.bounded(receive)
-
-        async def watched(message: Message) -> None:
-            nonlocal answered
-            answered = True
-            await send(message)
-
-        try:
-            declared = dict(scope["headers"]).get(b"content-length", b"0")
-            if declared.isdigit() and int(declared) > self.max_bytes:
-                raise TooLarge
-            await self.app(scope, bounded, watched)
-        except (TooLarge, TooSlow) as error:
-            if answered:
-                raise
-            await self.refuse(error)(scope, receive, send)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self.max_bytes:  # refused before a byte of it is read
+            refused = self.too_large()
+            await JSONResponse(error_body(refused.detail, INVALID), 413, headers=refused.headers)(scope, receive, send)
+        else:
+            await self.app(scope, self.bounded(receive), send)
 
     def bounded(self, receive: Receive) -> Receive:
         """`receive`, held to the limits until the body is complete."""
@@ -62,21 +43,18 @@ class Limited:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                raise TooSlow from None
+                late = f"the request did not arrive within {self.seconds:g} seconds"
+                raise HTTPException(408, late, {"Connection": "close"}) from None
             read += len(message.get("body", b""))
             complete = message["type"] != "http.request" or not message.get("more_body", False)
             if read > self.max_bytes:
-                raise TooLarge
+                raise self.too_large()
             return message
 
         return limited
 
-    def refuse(self, error: Exception) -> JSONResponse:
-        if isinstance(error, TooLarge):
-            message, status = f"the request is larger than {self.max_bytes} bytes", 413
-        else:
-            message, status = f"the request did not arrive within {self.seconds:g} seconds", 408
-        return JSONResponse(error_body(message, "invalid_request_error"), status, headers={"Connection": "close"})
+    def too_large(self) -> HTTPException:
+        return HTTPException(413, f"the request is larger than {self.max_bytes} bytes", {"Connection": "close"})
 
 
 class Key:
