@@ -6,7 +6,7 @@ hint.hidden = true;
 document.body.append(hint);
 
 const visible = (text) => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
-const percent = (p) => (p >= 0.1 ? (100 * p).toFixed(0) : 100 * p >= 0.01 ? (100 * p).toFixed(2) : "<0.01") + " %";
+const percent = (p) => (p < 0.001 ? "< 0.1" : (100 * p).toFixed(1)) + " %";
 
 function row(text, probability, drawn) {
   const line = document.createElement("div");

@@ -14,6 +14,7 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def mount(app: FastAPI, library: Library, config: ServeConfig, api_key: str | No
             primary_hue="blue",
             font=["system-ui", "sans-serif"],  # those of the reader's machine: none is loaded
             font_mono=["ui-monospace", "monospace"],
-        ),
+        ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500"),
         footer_links=[],
         run_history=False,
         show_error=False,
@@ -206,8 +207,12 @@ def buttons(*, busy: bool) -> tuple[Any, Any]:
 def layout(library: Library, config: ServeConfig, write: Callable[..., Any], stop: Callable[..., Any]) -> gr.Blocks:
     examples = examples_for([served.tokenizer for served in library.ready])
     longest = min(LONGEST, config.max_new_tokens)
-    with gr.Blocks(title="tinygpt", analytics_enabled=False) as page:
-        gr.HTML('<h1>tinygpt</h1><p>A model goes on with your text. <a href="docs">HTTP API</a></p>', elem_id="header")
+    page = gr.Blocks(title="tinygpt", analytics_enabled=False)
+    with page:
+        gr.HTML(
+            '<h1>tinygpt</h1><p>Give the model a beginning, and it writes on. <a href="docs">HTTP API</a></p>',
+            elem_id="header",
+        )
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
                 prompt = gr.Textbox(
@@ -230,12 +235,12 @@ def layout(library: Library, config: ServeConfig, write: Callable[..., Any], sto
             with gr.Column(scale=2, min_width=280, elem_id="settings"):
                 settings = [
                     gr.Dropdown(library.names, value=library.default.name, label="Model", filterable=False),
-                    gr.Slider(1, longest, min(200, longest), step=1, label="Maximum length", info="new tokens"),
-                    gr.Slider(1, min(MOST_TEXTS, config.max_waiting), 1, step=1, label="Number of outputs"),
-                    gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest token"),
-                    gr.Slider(0, 200, 0, step=1, label="Top-k", info="draw from the k likeliest; 0: all"),
-                    gr.Slider(0.01, 1, 1, step=0.01, label="Top-p", info="draw from the likeliest that make up p; 1: all"),
-                    gr.Number(None, label="Seed", info="equal seeds write equal texts; empty: a new one", precision=None),
+                    slider(1, longest, min(200, longest), 1, "Maximum length", "in new tokens"),
+                    slider(1, min(MOST_TEXTS, config.max_waiting), 1, 1, "Number of outputs"),
+                    slider(0, 2, 0.8, 0.05, "Temperature", "0: the likeliest"),
+                    slider(0, 200, 0, 1, "Top-k", "0: off"),
+                    slider(0.01, 1, 1, 0.01, "Top-p", "1: off"),
+                    gr.Number(None, label="Seed", placeholder="a new one each time", buttons=[]),
                 ]
         event = {"queue": True, "show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
         gr.on([start.click, prompt.submit], write, [prompt, *settings], [view, start, halt], trigger_mode="once", **event)
@@ -245,15 +250,21 @@ def layout(library: Library, config: ServeConfig, write: Callable[..., Any], sto
     return page
 
 
+def slider(least: float, most: float, value: float, step: float, label: str, info: str | None = None) -> gr.Slider:
+    return gr.Slider(least, most, value, step=step, label=label, info=info, buttons=[])
+
+
+HEADER = '<h1>tinygpt</h1><p>Give the model a beginning, and it writes on. <a href="docs">HTTP API</a></p>'
 # JavaScript, not Handlebars, whose results Gradio evaluates once more: no `{{ }}` may ever be in this.
 VIEW = """<p class="status ${value.state}" role="status">${value.status}</p>
 <div class="texts">${value.texts.map(text => '<article class="text">' + text + '</article>').join('')}</div>"""
 
 
 def legend() -> str:
-    names = [f"{least:.0%} or more" for least in BANDS] + [f"under {BANDS[-1]:.0%}"]
-    keys = "".join(f'<span class="token p{band}">{name}</span>' for band, name in enumerate(names))
-    return f"<span>The model's own probability of each token, before temperature and filters:</span>{keys}"
+    marks = [f"{least:.0%}" for least in BANDS]
+    names = [f"over {marks[0]}", *(f"{low} to {high}" for high, low in pairwise(marks)), f"under {marks[-1]}"]
+    keys = " ".join(f'<span class="token p{band}">{name}</span>' for band, name in enumerate(names))
+    return f'<div class="keys" title="under the model, before temperature and filters">Probability: {keys}</div>'
 
 
 def examples_for(tokenizers: Sequence[Tokenizer]) -> list[str]:
