@@ -21,10 +21,16 @@ def work(config: EvaluateConfig, run_dir: Path, overrides: list[str]) -> None:
     tokens = prepared.tokens(config.split)
     if len(tokens) < 2:
         raise UserError(f"the split {config.split} holds {len(tokens)} tokens", "use a longer text, or split=all")
+    if config.rows == "openings" and tokens.documents is None:
+        raise UserError(
+            f"rows=openings needs documents, and the corpus {prepared.corpus} is one running text", "use rows=windows"
+        )
     limit = data.val_tokens if config.split == "val" else None
-    metrics = evaluate(model, tokens, tokenizer.byte_lengths(), batch_size=config.batch_size, limit=limit)
+    lengths = None if data.clean else prepared.tokenizer.byte_lengths()
+    how = {"batch_size": config.batch_size, "limit": limit, "layout": data.layout, "rows": config.rows}
+    metrics = evaluate(model, tokens, lengths, **how)
     where = {"checkpoint": name, "corpus": prepared.corpus, "sha256": prepared.sha256, "split": config.split}
-    print(json.dumps({**metrics, **where}))
+    print(json.dumps({**metrics, **where, "rows": config.rows}))
 
 
 if __name__ == "__main__":

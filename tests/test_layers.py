@@ -13,7 +13,9 @@ PACKAGE = ROOT / "tinygpt"
 # From the bottom up: a module may import those of the lines above its own.
 LAYERS = (
     ("config", "summary"),
-    ("tokenizer", "model", "corpus", "batches", "targets", "help", "sweep"),
+    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep"),
+    ("imdb", "tokens", "documents"),
+    ("corpus",),
     ("optim", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
     ("generate",),
     ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),

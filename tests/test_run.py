@@ -299,7 +299,7 @@ def test_the_budget_in_tokens_and_epochs_is_exact(tmp_path):
     epochs = run(tmp_path, "epochs", every=100, trainer={"max_epochs": 1})
     assert (summary(tokens)["steps"], summary(tokens)["tokens"]) == (5, 480)
     assert summary(more)["steps"] == 6
-    windows = BatchOrder(2700, 16, 6, 1337).windows_per_epoch
+    windows = BatchOrder(2700, 16, 6, 1337).rows_per_epoch
     assert summary(epochs)["steps"] == -(-windows // 6)
     assert column(epochs, "lr")[-1][1] < 0.2 * 1e-2  # the schedule followed the budget
 

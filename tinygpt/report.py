@@ -59,7 +59,7 @@ class Outcome:
         return float(self.best().get("loss", math.inf))
 
 
-def say_forecast(forecast: Forecast, config: TrainConfig, prepared: Prepared, file: TextIO) -> None:
+def say_forecast(forecast: Forecast, epochs: float, config: TrainConfig, prepared: Prepared, file: TextIO) -> None:
     """Parameters, FLOPs, memory, tokens, steps and time, one line each; the same in train.log."""
     lines = {
         "corpus": f"{prepared.corpus}: {len(prepared.train):,} training and {len(prepared.val):,} validation tokens, "
@@ -68,8 +68,7 @@ def say_forecast(forecast: Forecast, config: TrainConfig, prepared: Prepared, fi
         "FLOPs per token": f"{forecast.flops_per_token:,}",
         "tokens per step": f"{forecast.tokens_per_step:,} ({config.data.global_batch_size} sequences, "
         f"{forecast.micro_batch_size} at a time)",
-        "steps": f"{forecast.steps:,} ({forecast.steps * forecast.tokens_per_step:,} tokens, "
-        f"{forecast.steps * forecast.tokens_per_step / len(prepared.train):.2f} epochs)",
+        "steps": f"{forecast.steps:,} ({forecast.steps * forecast.tokens_per_step:,} tokens, {epochs:.2f} epochs)",
         "memory": f"about {forecast.memory_bytes / 2**20:,.0f} MiB",
         "time": f"about {duration(forecast.seconds)} ({forecast.tokens_per_step / forecast.step_seconds:,.0f} tokens/s)",
     }

@@ -67,7 +67,7 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
         refuse_budget(config, plan.steps, started["global_step"])
         plan.forecast.seconds *= 1 - started["global_step"] / plan.steps  # what is left to do
     if rank == 0:
-        say_forecast(plan.forecast, config, prepared, file=sys.stdout if config.dry_run else sys.stderr)
+        say_forecast(plan.forecast, plan.epochs, config, prepared, file=sys.stdout if config.dry_run else sys.stderr)
     if config.dry_run:
         return None
     model = make_model(config, prepared, init)
@@ -149,17 +149,23 @@ def refuse_changes(config: TrainConfig, prepared: Prepared, checkpoint: dict[str
     changed = [name for name in FIXED if was[name] != now[name]]
     if was["data"]["global_batch_size"] != config.data.global_batch_size:
         changed.append("data.global_batch_size")
+    if was["data"].get("layout", "stream") != config.data.layout:
+        changed.append("data.layout")
     if "training_weights" in checkpoint and not any(is_ema(node) for node in config.callbacks.values()):
         changed.append("callbacks (its weights are an average: keep ema)")
     if card["tokenizer"] != prepared.tokenizer.state():
         changed.append("data.tokenizer")
-    if card["corpus"]["sha256"] != prepared.sha256 or was["data"]["val_fraction"] != config.data.val_fraction:
+    if card["corpus"]["sha256"] != prepared.sha256 or fractions(was["data"]) != fractions(now["data"]):
         changed.append("the corpus")
     if changed:
         raise UserError(
             f"a resumed run cannot change {' and '.join(changed)}",
             "leave it as it was, or start a new run (init_from=CHECKPOINT keeps the weights)",
         )
+
+
+def fractions(data: dict[str, Any]) -> tuple[float, float]:
+    return data["val_fraction"], data.get("test_fraction", 0.0)
 
 
 def is_ema(node: Any) -> bool:
@@ -229,12 +235,13 @@ class Plan:
 
     steps: int
     forecast: Forecast
+    epochs: float
 
 
 def make_plan(config: TrainConfig, prepared: Prepared, shape: ModelConfig, device: str) -> Plan:
     T, B = shape.block_size, config.data.global_batch_size
-    order = make_order(len(prepared.train), len(prepared.val), T, B, config.seed)
-    steps = total_steps(config.trainer, B, T, order.windows_per_epoch)
+    order = make_order(prepared.train, prepared.val, T, B, config.seed, config.data.layout)
+    steps = total_steps(config.trainer, B, order.tokens_per_row, order.rows_per_epoch)
     world = world_size(config.trainer, device)
     if B % world:
         raise UserError(
@@ -255,7 +262,8 @@ def make_plan(config: TrainConfig, prepared: Prepared, shape: ModelConfig, devic
         device=torch.device(device),
         precision=precision(config.trainer, device),
     )
-    return Plan(steps, forecast)
+    forecast.tokens_per_step = round(B * order.tokens_per_row)
+    return Plan(steps, forecast, steps * B / order.rows_per_epoch)
 
 
 # The training
@@ -279,7 +287,7 @@ def fit(
         micro_batch_size=plan.forecast.micro_batch_size,
         seed=config.seed,
         card=card,
-        byte_lengths=prepared.tokenizer.byte_lengths(),
+        byte_lengths=None if config.data.clean else prepared.tokenizer.byte_lengths(),
     )
     if config.compile:
         model.compile()  # in place: wrapping it would rename its weights
@@ -291,6 +299,7 @@ def fit(
         batch_size=config.data.global_batch_size,
         seed=config.seed,
         total_steps=plan.steps,
+        layout=config.data.layout,
         val_tokens=config.data.val_tokens,
         num_workers=config.data.num_workers,
     )

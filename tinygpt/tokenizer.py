@@ -189,13 +189,16 @@ class WordTokenizer(Tokenizer):
             raise ValueError("a word occurs twice")
 
     @classmethod
-    def learn(cls, texts: Iterable[str], min_frequency: int) -> Self:
-        """Words that occur `min_frequency` times or more: the most frequent first, then by alphabet."""
+    def learn(cls, texts: Iterable[str], min_frequency: int, specials: Iterable[str] = ()) -> Self:
+        """Words that occur `min_frequency` times or more: the most frequent first, then by alphabet.
+
+        `specials` come before them; no text is encoded to one, so that their ids are free for other uses.
+        """
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(cls._TOKEN.findall(text))
         known = [word for word, count in counts.items() if count >= min_frequency]
-        return cls(sorted(known, key=lambda word: (-counts[word], word)))
+        return cls([*specials, *sorted(known, key=lambda word: (-counts[word], word))])
 
     def encode_array(self, text: str) -> Ids:
         _refuse_surrogates(text)
@@ -355,7 +358,7 @@ def build(config: TokenizerConfig, texts: Texts, train_texts: Texts, gpt2_merges
     builders: dict[str, Callable[[], Tokenizer]] = {
         "char": lambda: CharTokenizer.learn(texts()),
         "byte": ByteTokenizer,
-        "word": lambda: WordTokenizer.learn(train_texts(), config.min_frequency),
+        "word": lambda: WordTokenizer.learn(train_texts(), config.min_frequency, config.specials),
         "gpt2": lambda: GPT2Tokenizer.from_merges(gpt2_merges()),
         "bpe": lambda: BPETokenizer.learn(train_texts(), config.vocab_size),
     }
