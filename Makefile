@@ -1,7 +1,10 @@
 # make setup    .venv with the exact versions of constraints.txt
 # make train    set up, train the default experiment and print a sample    make train ARGS="model=mini"
 # make sample   sample from the newest run                                 make sample ARGS='prompt="To be"'
-# make lint     ruff and mypy
+# make serve    the newest run over HTTP, with its playground               make serve ARGS="port=8001"
+# make demo     train a small Shakespeare, once, and open the playground on it
+# make docs     the documentation as a site, in site/
+# make lint     ruff, mypy and hadolint
 # make test     the tests                                                  make test ARGS="-k tokenizer"
 #
 # PYTHON=python3.12 chooses the interpreter, JOBS=4 the test processes, THREADS=4 the threads of each.
@@ -12,7 +15,7 @@ THREADS ?= 1
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: setup lint test train sample
+.PHONY: setup lint test train sample serve demo docs
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/core.stamp
@@ -23,10 +26,26 @@ train: setup
 sample: setup
 	$(VENV)/bin/python sample.py ckpt=latest $(ARGS)
 
+serve: $(VENV)/serve.stamp
+	$(VENV)/bin/python serve.py ckpt=latest $(ARGS)
+
+# resume=auto starts the training, goes on with it, or finds it done. Where the corpus cannot be had (2: train.py says why)
+# the model learns from the text that comes with Python.
+demo: $(VENV)/serve.stamp
+	@run=outputs/demo; train="$(VENV)/bin/python train.py resume=auto"; \
+	$$train hydra.run.dir=$$run experiment=shakespeare_char_cpu || { code=$$?; [ $$code -eq 2 ] || exit $$code; \
+	    run=outputs/demo_pydocs; echo "so the demo is trained on the text that comes with Python" >&2; \
+	    $$train hydra.run.dir=$$run; } && \
+	exec $(VENV)/bin/python serve.py ckpt=$$run browser=true $(ARGS)
+
+docs: $(VENV)/dev.stamp
+	$(VENV)/bin/python -m mkdocs build --strict $(ARGS)
+
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/hadolint Dockerfile
 
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
@@ -37,6 +56,10 @@ $(VENV)/core.stamp: pyproject.toml constraints.txt | $(VENV)/venv.stamp
 	@echo "Installing tinygpt into $(VENV): a minute or two, longer where torch is a large download"
 	@$(VENV)/bin/python -m pip show --quiet torch 2>/dev/null || $(subst --quiet,,$(PIP)) torch
 	$(PIP) -e .
+	@touch $@
+
+$(VENV)/serve.stamp: $(VENV)/core.stamp
+	$(PIP) -e ".[serve]"
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/core.stamp

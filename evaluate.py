@@ -13,18 +13,24 @@ def work(config: EvaluateConfig, run_dir: Path, overrides: list[str]) -> None:
     from tinygpt.evaluate import evaluate
     from tinygpt.shards import prepare
 
-    path = ckpt.find(config.ckpt)
-    opened = ckpt.open_checkpoint(path)
+    name, opened = ckpt.open_any(config.ckpt)
     model, tokenizer = ckpt.rebuild(opened, ckpt.pick_device(config.device))
     data = config.data or ckpt.stored_data(opened["tinygpt"])
     prepared = prepare(data, data_dir(config.data_dir), cache_dir(config.cache_dir), tokenizer)
+    ckpt.check_vocabulary(opened, prepared.tokenizer)
     tokens = prepared.tokens(config.split)
     if len(tokens) < 2:
         raise UserError(f"the split {config.split} holds {len(tokens)} tokens", "use a longer text, or split=all")
+    if config.rows == "openings" and tokens.documents is None:
+        raise UserError(
+            f"rows=openings needs documents, and the corpus {prepared.corpus} is one running text", "use rows=windows"
+        )
     limit = data.val_tokens if config.split == "val" else None
-    metrics = evaluate(model, tokens, tokenizer.byte_lengths(), batch_size=config.batch_size, limit=limit)
-    where = {"checkpoint": str(path), "corpus": prepared.corpus, "sha256": prepared.sha256, "split": config.split}
-    print(json.dumps({**metrics, **where}))
+    lengths = None if data.clean else prepared.tokenizer.byte_lengths()
+    how = {"batch_size": config.batch_size, "limit": limit, "layout": data.layout, "rows": config.rows}
+    metrics = evaluate(model, tokens, lengths, **how)
+    where = {"checkpoint": name, "corpus": prepared.corpus, "sha256": prepared.sha256, "split": config.split}
+    print(json.dumps({**metrics, **where, "rows": config.rows}))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def work(config: SampleConfig, run_dir: Path, overrides: list[str]) -> None:
-    from tinygpt.checkpoint import load, pick_device  # torch, which --help does not wait for
+    from tinygpt.checkpoint import load_for_text, pick_device  # torch, which --help does not wait for
     from tinygpt.generate import generate_many, opening, options
     from tinygpt.terminal import chat, warn_if_cropped
 
-    model, tokenizer = load(config.ckpt, pick_device(config.device))
+    model, tokenizer = load_for_text(config.ckpt, pick_device(config.device))
     settings = options(config) | {"stop": [unescape(text) for text in config.stop]}
     if config.interactive:
         chat(model, tokenizer, **settings)

@@ -20,8 +20,9 @@ import torch
 from common import ROOT, machine, spread, write_result
 
 from tinygpt.config import DataConfig, ModelConfig, TokenizerConfig
-from tinygpt.corpus import SHAKESPEARE, cache_dir, data_dir, obtain
+from tinygpt.corpus import SHAKESPEARE, cache_dir, data_dir
 from tinygpt.evaluate import evaluate
+from tinygpt.files import obtain
 from tinygpt.model import GPT
 from tinygpt.shards import prepare
 

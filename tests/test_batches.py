@@ -65,7 +65,7 @@ def test_the_hash_is_splitmix64():
 
 def epoch_starts(order, epoch):
     """The starts of one epoch, whatever the batches that it is spread over."""
-    n = order.windows_per_epoch
+    n = order.rows_per_epoch
     first, last = epoch * n // order.batch_size, -(-(epoch + 1) * n // order.batch_size)
     drawn = np.concatenate([order.starts(step) for step in range(first, last)])
     skip = epoch * n - first * order.batch_size
@@ -82,16 +82,16 @@ def test_an_epoch_visits_every_window_once(n_tokens, block_size, batch, seed):
     for epoch in range(3):
         starts = np.sort(epoch_starts(order, epoch))
         offset = starts[0]
-        assert starts.tolist() == [offset + i * block_size for i in range(order.windows_per_epoch)]
+        assert starts.tolist() == [offset + i * block_size for i in range(order.rows_per_epoch)]
         assert 0 <= offset < block_size
         assert starts[-1] + block_size + 1 <= n_tokens  # its last target is inside
-        assert n_tokens - order.windows_per_epoch * block_size < 3 * block_size  # no window more would have room
+        assert n_tokens - order.rows_per_epoch * block_size < 3 * block_size  # no window more would have room
 
 
 def test_each_epoch_has_its_offset_and_its_order():
     order = BatchOrder(10_000, 100, 99, seed=3)
-    epochs = [order.starts(step) for step in range(order.windows_per_epoch)]
-    assert order.windows_per_epoch == 99
+    epochs = [order.starts(step) for step in range(order.rows_per_epoch)]
+    assert order.rows_per_epoch == 99
     offsets = [int(starts.min()) for starts in epochs]
     assert len(set(offsets)) > 50  # of 100 possible, 99 drawn: 63 are expected
     assert len({tuple(starts - starts.min()) for starts in epochs}) == len(epochs)
@@ -106,7 +106,7 @@ def test_every_offset_comes_up():
 def test_the_smallest_texts_have_one_window_that_moves_as_far_as_it_can(n_tokens, reachable):
     order = BatchOrder(n_tokens, 10, 4, seed=1)
     drawn = np.concatenate([order.starts(step) for step in range(50)])
-    assert order.windows_per_epoch == 1
+    assert order.rows_per_epoch == 1
     assert set(drawn.tolist()) == reachable
 
 

@@ -12,23 +12,33 @@ from hypothesis import strategies as st
 from scripts import ROOT, run_inside
 
 from tinygpt import cli
-from tinygpt.config import EvaluateConfig, SampleConfig, TrainConfig, UserError, all_keys, from_dict, inner_schema, unescape
+from tinygpt.config import (
+    EvaluateConfig,
+    ExportConfig,
+    SampleConfig,
+    TrainConfig,
+    UserError,
+    all_keys,
+    from_dict,
+    inner_schema,
+    unescape,
+)
 from tinygpt.model import GPT
 from tinygpt.targets import check_node
 from tinygpt.trainer import check_trainer
 
 CONF = ROOT / "conf"
-SCHEMAS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
+SCHEMAS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig, "export": ExportConfig}
 CHOICES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/**/*.yaml"))
 
 
-def compose(verb, *arguments):
+def compose(verb, *arguments, schema=None, conf=CONF):
     """The config of a command line; errors as the user's script would see them."""
-    schema = SCHEMAS[verb]
+    schema = schema or SCHEMAS[verb]
     cli.register(verb, schema)
     overrides = [cli.prepare_override(argument) for argument in cli.one_budget(list(arguments))]
     try:
-        return cli.compose(verb, schema, CONF, overrides)
+        return cli.compose(verb, schema, conf, overrides)
     except UserError:
         raise
     except Exception as error:
@@ -62,7 +72,12 @@ def test_what_a_file_says_arrives(path):
     said = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
     more = ("data.path=x",) if path.stem == "text" else ()
     config = getattr(compose("train", f"{path.parent.name}={path.stem}", *more), path.parent.name)
-    assert {key: getattr(config, key) for key in said} == said
+    assert arrived(config, said) == said
+
+
+def arrived(config, said):
+    """What a config has where a file says something."""
+    return {key: arrived(getattr(config, key), said[key]) for key in said} if isinstance(said, dict) else config
 
 
 @pytest.mark.parametrize("verb", SCHEMAS)

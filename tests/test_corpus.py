@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from tinygpt import corpus as module
 from tinygpt.config import DataConfig, UserError
-from tinygpt.corpus import Download, cache_dir, data_dir, fetch, gpt2_merges, obtain, open_corpus
+from tinygpt.corpus import cache_dir, data_dir, gpt2_merges, open_corpus
+from tinygpt.files import Download, fetch, obtain
 
 
 def text_of(path, folder="unused"):

@@ -45,7 +45,7 @@ def data(process=None, batch_size=6, **options):
 
 
 def batches(loader):
-    return [batch.clone() for batch in loader]
+    return [batch.tokens.clone() for batch in loader]
 
 
 def test_a_batch_of_the_loader_is_one_optimizer_step():
@@ -99,9 +99,9 @@ def test_a_batch_that_does_not_divide_is_refused():
 @pytest.mark.parametrize(("n_train", "n_val"), [(8, 100), (100, 1), (0, 0)])
 def test_a_text_that_is_too_short_is_refused(n_train, n_val):
     with pytest.raises(UserError, match=f"{n_train} training and {n_val} validation tokens") as error:
-        make_order(n_train, n_val, 8, 4, 0)
+        make_order(Numbers(n_train), Numbers(n_val), 8, 4, 0)
     assert "longer text" in error.value.hint
-    assert make_order(9, 2, 8, 4, 0).windows_per_epoch == 1
+    assert make_order(Numbers(9), Numbers(2), 8, 4, 0).rows_per_epoch == 1
 
 
 def targets(parts):
@@ -113,7 +113,7 @@ def targets(parts):
 @pytest.mark.parametrize("size", [1, 5, 64])
 def test_the_processes_share_out_the_validation(world, size):
     parts = [ValidationBatches(Numbers(131), 8, None, size, rank, world) for rank in range(world)]
-    loaded = [[part[i] for i in range(len(part))] for part in parts]
+    loaded = [[part[i].tokens for i in range(len(part))] for part in parts]
     assert targets(loaded) == list(range(1, 131))
     assert len({len(part) for part in loaded}) == 1  # one without a batch would leave the others waiting
     assert all(len(batch) for part in loaded for batch in part)
@@ -123,10 +123,10 @@ def test_the_processes_share_out_the_validation(world, size):
 
 
 def test_validation_stops_at_its_bound():
-    assert targets([data(val_tokens=50).val_dataloader()]) == list(range(1, 50))
+    assert targets([batches(data(val_tokens=50).val_dataloader())]) == list(range(1, 50))
 
 
 def test_a_step_may_be_asked_for_at_any_time():
     steps = TrainingSteps(Numbers(500), BatchOrder(500, 8, 6, seed=1), rank=1, world_size=2)
-    assert torch.equal(steps[1000], steps[1000])
-    assert not torch.equal(steps[1000], steps[1001])
+    assert torch.equal(steps[1000].tokens, steps[1000].tokens)
+    assert not torch.equal(steps[1000].tokens, steps[1001].tokens)

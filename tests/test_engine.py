@@ -110,6 +110,22 @@ def test_a_cancelled_text_ends_and_frees_its_place():
         assert len(collect(after)[0]) == 3
 
 
+def test_those_who_stay_are_not_disturbed_by_those_who_leave():
+    model = make_model()
+    with running(model, max_batch=4) as engine:
+        events = [queue.SimpleQueue() for _ in range(4)]
+        requests = [Request([number + 1] * 5, 300 if number < 2 else 30, seed=number) for number in range(4)]
+        jobs = engine.submit(requests, [each.put for each in events])
+        for each in events[:2]:
+            each.get(timeout=30)
+        jobs[0].cancel()
+        jobs[1].cancel()
+        staying = [collect(each)[0] for each in events[2:]]
+    for request, tokens in zip(requests[2:], staying, strict=True):
+        alone = stream_tokens(model, torch.tensor([request.ids]), 30, request.sampling, request.seed)
+        assert ids(tokens) == [int(token) for token in alone]
+
+
 def test_what_fails_to_deliver_is_cancelled():
     def gone(event):
         raise RuntimeError("nobody listens")

@@ -13,12 +13,15 @@ PACKAGE = ROOT / "tinygpt"
 # From the bottom up: a module may import those of the lines above its own.
 LAYERS = (
     ("config", "summary"),
-    ("tokenizer", "model", "corpus", "batches", "targets", "help", "sweep"),
-    ("optim", "cache", "shards", "evaluate", "hub", "checkpoint", "cli"),
+    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep"),
+    ("imdb", "tokens", "documents"),
+    ("corpus",),
+    ("optim", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
     ("generate",),
-    ("forecast", "terminal", "lit", "data", "engine"),
-    ("callbacks", "loggers"),
-    ("progress", "trainer", "plots"),
+    ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
+    ("checkpoint",),
+    ("callbacks", "loggers", "export"),
+    ("progress", "trainer", "plot"),
     ("report", "served"),
     ("run", "bodies"),
     ("answers",),
@@ -30,18 +33,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "matplotlib", "tiktoken", "tokenizers", "rich")
 TORCH_OR_LESS = (
-    "tokenizer",
-    "model",
-    "optim",
-    "cache",
-    "generate",
-    "engine",
-    "checkpoint",
-    "corpus",
-    "shards",
-    "batches",
-    "hub",
-    "terminal",
+    *("tokenizer", "model", "optim", "cache", "generate", "engine", "checkpoint", "pretrained", "hub"),
+    *("corpus", "shards", "batches", "terminal", "tokenizer_files", "model_card"),
 )
 
 

@@ -11,8 +11,8 @@ from tiny import CSV, column, rows, run, summary
 from tinygpt import loggers as module
 from tinygpt.checkpoint import open_checkpoint
 from tinygpt.config import UserError
-from tinygpt.loggers import COLUMNS, CSVLogger, has_key, read_metrics
-from tinygpt.plots import draw_curves
+from tinygpt.loggers import COLUMNS, CSVLogger, has_key
+from tinygpt.summary import read_metrics
 
 HEADER = ",".join(COLUMNS)
 WANDB = {**CSV, "wandb": {"_target_": "tinygpt.loggers.wandb", "project": "test", "name": None, "mode": "auto"}}
@@ -85,13 +85,6 @@ def test_a_file_that_holds_no_line_is_begun_anew(tmp_path, content):
     logged(tmp_path, 1)
     assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == HEADER
     assert steps(tmp_path) == [1]
-
-
-@pytest.mark.parametrize("lines", ["", "0,0,,2.5,,,,,,,,0.1\n", "1,96,2.5,,,,,,,,,0.1\n", "1,96,nan,inf,,,,,,,,0.1\n"])
-def test_curves_of_little_or_nothing_are_drawn(tmp_path, lines):
-    (tmp_path / "metrics.csv").write_text(f"{HEADER}\n{lines}")
-    draw_curves(tmp_path / "metrics.csv", tmp_path / "curves.png", "a title with $ and _ in it: $x_")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tensorboard_writes_into_the_run_directory(tmp_path):

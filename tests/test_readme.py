@@ -17,15 +17,14 @@ TINY = ["model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_siz
 MADE_BY_CI = ("make ", "python3 -m venv", ". .venv", "pip install")  # the set-up: .ci/run does it
 
 
-def readme_commands():
-    """The lines of the README's sh blocks, without their comments."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.splitlines()]
+def commands_of(path):
+    """The lines of a page's sh blocks, without their comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return list(dict.fromkeys(re.sub(r"\s+#.*", "", line) for line in lines))
 
 
-COMMANDS = [line for line in readme_commands() if not line.startswith(MADE_BY_CI)]
+COMMANDS = [line for line in commands_of(ROOT / "README.md") if not line.startswith(MADE_BY_CI)]
 
 
 def shrink(words):
@@ -53,10 +52,10 @@ def playground(tmp_path_factory):
 
 def run(command, monkeypatch, capsys):
     words = shrink(shlex.split(command))
-    if "trainer=ddp_cpu" in words or "interactive=true" in words:  # other processes, and a prompt: as a user would
-        done = subprocess.run(
-            [sys.executable, str(ROOT / words[1]), *words[2:]], input="The\nquit\n", capture_output=True, text=True
-        )
+    if words[1] == "-m" or "trainer=ddp_cpu" in words or "interactive=true" in words:  # as a user would: a process, a prompt
+        script = [words[1]] if words[1] == "-m" else [str(ROOT / words[1])]
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))  # -m looks there
+        done = subprocess.run([sys.executable, *script, *words[2:]], input="The\nquit\n", capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
     monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[2:]])
     code = 0

@@ -133,6 +133,18 @@ def test_ctrl_c_during_the_first_validation_saves_too(tmp_path, monkeypatch, who
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
 
 
+def test_the_clock_of_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killed(patch, 14)
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path, **HARD)
+    path = tmp_path / "run" / "metrics.csv"
+    path.write_text(re.sub(r"[\d.]+$", "1000", path.read_text(), flags=re.MULTILINE))  # every line as if it had taken long
+    seconds = [float(row["seconds"]) for row in rows(run(tmp_path, resume="auto", **HARD))]
+    assert seconds == sorted(seconds)
+    assert seconds[0] == 1000 < seconds[-1] < 2000
+
+
 def test_a_run_may_be_interrupted_again_and_again(tmp_path, monkeypatch, whole):
     for step in (5, 6, 13):
         with monkeypatch.context() as patch:
@@ -234,7 +246,19 @@ def test_a_resumed_run_refuses_another_text(tmp_path):
 
 def test_resume_and_init_from_exclude_each_other(tmp_path):
     with pytest.raises(UserError, match="exclude each other"):
-        run(tmp_path, resume="auto", init_from="x")
+        run(tmp_path, resume="x", init_from="x")
+
+
+def test_with_resume_auto_init_from_is_where_the_first_start_begins(tmp_path):
+    run(tmp_path, "first", model={"n_embd": 32})
+    started = {"resume": "auto", "init_from": "first", "steps": 6, "every": 3}
+    once = run(tmp_path, "once", **started)
+    run(tmp_path, "twice", **{**started, "steps": 3})
+    twice = run(tmp_path, "twice", **started)
+    assert summary(twice)["steps"] == 6
+    assert ckpt.load(twice)[0].config.n_embd == 32
+    assert column(twice, "train/loss")[-1] != column(tmp_path / "first", "train/loss")[-1]
+    assert len(column(once, "val/loss")) == 3
 
 
 def test_init_from_takes_weights_and_tokenizer(tmp_path):
@@ -275,7 +299,7 @@ def test_the_budget_in_tokens_and_epochs_is_exact(tmp_path):
     epochs = run(tmp_path, "epochs", every=100, trainer={"max_epochs": 1})
     assert (summary(tokens)["steps"], summary(tokens)["tokens"]) == (5, 480)
     assert summary(more)["steps"] == 6
-    windows = BatchOrder(2700, 16, 6, 1337).windows_per_epoch
+    windows = BatchOrder(2700, 16, 6, 1337).rows_per_epoch
     assert summary(epochs)["steps"] == -(-windows // 6)
     assert column(epochs, "lr")[-1][1] < 0.2 * 1e-2  # the schedule followed the budget
 

@@ -1,6 +1,7 @@
 """Text to tokens on disk: the same tokens however it is cut, all or nothing, once for all who ask."""
 
 import errno
+import gzip
 import json
 import logging
 import multiprocessing
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from tinygpt import corpus as corpus_module
 from tinygpt import shards as module
 from tinygpt.config import DataConfig, TokenizerConfig, UserError
-from tinygpt.shards import Tokens, prepare, recut, train_characters
+from tinygpt.shards import Tokens, first_part, prepare, recut
 from tinygpt.tokenizer import (
     GPT2_PATTERN,
     BPETokenizer,
@@ -70,23 +71,23 @@ def visible(folder: Path) -> list[str]:
 
 
 def test_shakespeare_splits_where_nanogpt_splits_it():
-    assert train_characters(1_115_394, 0.1) == 1_003_854
+    assert first_part(1_115_394, 0.1) == 1_003_854
 
 
 @given(characters=st.integers(0, 10**12))
 def test_the_default_split_is_nanogpts(characters):
-    assert train_characters(characters, 0.1) == int(characters * 0.9)
+    assert first_part(characters, 0.1) == int(characters * 0.9)
 
 
 def test_the_split_is_exact():
-    assert train_characters(10, 0.9) == 1
-    assert [train_characters(100, percent / 100) for percent in range(1, 100)] == list(range(99, 0, -1))
+    assert first_part(10, 0.9) == 1
+    assert [first_part(100, percent / 100) for percent in range(1, 100)] == list(range(99, 0, -1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_splits_are_the_text(file, cache, rhyme, kind):
     prepared = prepare(config(file, kind, val_fraction=0.3), cache, cache)
-    border = train_characters(len(rhyme), 0.3)
+    border = first_part(len(rhyme), 0.3)
     assert ids(prepared.train) == prepared.tokenizer.encode(rhyme[:border])
     assert ids(prepared.val) == prepared.tokenizer.encode(rhyme[border:])
     assert ids(prepared.tokens("all")) == ids(prepared.tokens("train")) + ids(prepared.tokens("val"))
@@ -99,7 +100,7 @@ def test_what_is_learned_from_what(tmp_path, cache):
     assert "é" in prepare(config(path, "char"), cache, cache).tokenizer.state()["characters"]
     assert prepare(config(path, "word"), cache, cache).tokenizer.state()["words"] == ["known", "words"]
     text = path.read_text()
-    trained = BPETokenizer.learn([text[: train_characters(len(text), 0.1)]], 280)
+    trained = BPETokenizer.learn([text[: first_part(len(text), 0.1)]], 280)
     assert prepare(config(path, "bpe"), cache, cache).tokenizer.fingerprint() == trained.fingerprint()
 
 
@@ -170,7 +171,7 @@ def test_the_folder_says_what_it_holds(file, cache, rhyme, monkeypatch):
     assert prepared.folder.name.startswith("text-char-")
     assert told["dtype"] == "<u2"
     assert told["fingerprint"] == prepared.tokenizer.fingerprint()
-    border = train_characters(len(rhyme), 0.1)
+    border = first_part(len(rhyme), 0.1)
     for split, text in {"train": rhyme[:border], "val": rhyme[border:]}.items():
         entry = told["splits"][split]
         assert (entry["characters"], entry["bytes"], entry["tokens"]) == (
@@ -235,7 +236,7 @@ def test_an_unknown_character_is_located_in_the_whole_text(file, cache, rhyme, t
 @pytest.mark.parametrize("tail", [b"", b" \xff"])
 def test_a_failure_leaves_nothing_behind(tmp_path, cache, tail):
     path = tmp_path / "bad.txt.gz"
-    path.write_bytes(corpus_module.gzip.compress(tail))
+    path.write_bytes(gzip.compress(tail))
     with pytest.raises(UserError, match=r"empty|not UTF-8"):
         prepare(config(path), cache, cache)
     assert visible(cache) == []

@@ -1,5 +1,6 @@
-"""The `>>` prompt: through a pipe, on a real terminal, and with every way to end a text or a session."""
+"""The `>>` prompt: through a pipe and on a real terminal; its settings, its history, and each way to end text or session."""
 
+import contextlib
 import os
 import select
 import signal
@@ -80,16 +81,34 @@ def test_input_that_is_no_text_is_a_user_error():
     assert b"UserError: the input is not in the terminal's encoding" in session(b"\xff\xfe\n").stderr
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_on_a_terminal_ctrl_c_ends_the_text_and_ctrl_d_the_session():
+@contextlib.contextmanager
+def on_a_terminal(tokens, state):
+    """A session on a pseudo-terminal, which must end by itself, and well; `state` is the user's state directory."""
     import pty
 
     child, screen = pty.fork()
     if child == 0:
         os.chdir(ROOT)
-        os.execv(sys.executable, [sys.executable, "-c", SESSION, "1000000000"])
+        environment = {**os.environ, "XDG_STATE_HOME": str(state), "TERM": "xterm"}
+        os.execve(sys.executable, [sys.executable, "-c", SESSION, str(tokens)], environment)
     try:
         read_until(screen, b">> ")
+        yield screen
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        child = 0
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        os.close(screen)
+
+
+needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+
+
+@needs_terminal
+def test_on_a_terminal_ctrl_c_ends_the_text_and_ctrl_d_the_session(tmp_path):
+    with on_a_terminal(1_000_000_000, tmp_path) as screen:
         os.write(screen, b"abc\n")
         read_until(screen, b"abc\r\n")  # the echo
         assert read_one(screen)  # the text has begun, and would never end
@@ -106,19 +125,61 @@ def test_on_a_terminal_ctrl_c_ends_the_text_and_ctrl_d_the_session():
         os.write(screen, b"\x03")
         read_until(screen, b">> ")
         os.write(screen, b"\x04")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        child = 0
-    finally:
-        if child:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        os.close(screen)
+
+
+@needs_terminal
+def test_the_next_session_remembers_and_the_line_can_be_edited(tmp_path):
+    with on_a_terminal(3, tmp_path) as screen:
+        for line in (b"ab", b"/top_k 1", b"/top_k 1", b"//"):
+            os.write(screen, line + b"\n")
+            read_until(screen, b">> ")
+        os.write(screen, b"\x04")
+    kept = tmp_path / "tinygpt" / "history"
+    assert kept.read_text() == "ab\n/top_k 1\n//\n"
+    assert kept.stat().st_mode & 0o077 == 0
+    with on_a_terminal(3, tmp_path) as screen:
+        os.write(screen, b"\x1b[A" * 3)
+        read_until(screen, b"ab")
+        os.write(screen, b"\x01c\x05d\n")  # c at its beginning, d at its end
+        read_until(screen, b">> ")
+        os.write(screen, b"\x04")
+    assert kept.read_text().splitlines()[-1] == "cabd"
+
+
+@needs_terminal
+def test_a_history_that_cannot_be_kept_is_no_error(tmp_path):
+    (tmp_path / "state").write_text("a file where a folder should be")
+    with on_a_terminal(3, tmp_path / "state") as screen:
+        os.write(screen, b"abc\n")
+        seen = read_until(screen, b">> ")
+        os.write(screen, b"\x1b[A")
+        read_until(screen, b"abc")  # this session's lines are there
+        os.write(screen, b"\x15\x04")
+    assert b"rror" not in seen
+
+
+def test_a_history_that_has_grown_long_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(terminal, "REMEMBERED", 3)
+    kept = terminal.history_file()
+    assert terminal.History().read() == []
+    kept.parent.mkdir()
+    kept.write_bytes(b"".join(b"%d\xff\n" % n for n in range(7)))
+    assert terminal.History().read() == ["4\ufffd", "5\ufffd", "6\ufffd"]
+    assert kept.read_text(encoding="utf-8").count("\n") == 3
+
+
+def test_a_pipe_leaves_no_history(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert session(b"abc\n").returncode == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def read_until(screen, end):
     seen = b""
     while end not in seen:
         seen += read_one(screen)
+    return seen
 
 
 def read_one(screen, seconds=30):
@@ -138,3 +199,81 @@ def test_a_setting_outside_its_limits_is_said_at_each_line(monkeypatch, capsys):
     monkeypatch.setattr(terminal, "warn_if_cropped", lambda *args: None)
     terminal.chat(None, None, temperature=-1)
     assert "error: temperature=-1 is out of range\n" in capsys.readouterr().err
+
+
+# Settings
+
+
+def talk(monkeypatch, capsys, *lines):
+    """What a session with these lines asked of the model, (prompt, settings) each, and what it said."""
+    asked, typed = [], iter(lines)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, "quit"))
+    monkeypatch.setattr(terminal, "warn_if_cropped", lambda *args: None)
+    monkeypatch.setattr(terminal, "stream", lambda model, tokenizer, prompt, **how: asked.append((prompt, how)) or [])
+    terminal.chat(None, None, seed=1)
+    return asked, capsys.readouterr().err.splitlines()[1:]
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("/temperature 0.5", "temperature", 0.5),
+        ("/temperature=0", "temperature", 0.0),
+        ("/max_new_tokens 7", "max_new_tokens", 7),
+        ("/top_k  50 ", "top_k", 50),
+        ("/top_p = .9", "top_p", 0.9),
+        ("/min_p 0.1", "min_p", 0.1),
+        ("/repetition_penalty 1.2", "repetition_penalty", 1.2),
+        ("/seed 3", "seed", 3),
+        ("/seed none", "seed", None),
+        ("/stop END", "stop", ["END"]),
+        (r'/stop "\n\n" a\tb "two words"', "stop", ["\n\n", "a\tb", "two words"]),
+        (r"/stop \\n", "stop", [r"\n"]),
+        ("/stop none", "stop", []),
+    ],
+)
+def test_a_setting_holds_for_the_texts_that_follow(monkeypatch, capsys, line, name, value):
+    asked, _ = talk(monkeypatch, capsys, "before", line, "after", "again")
+    (_, before), *after = asked
+    assert before["seed"] == 1
+    assert [how for _, how in after] == [{**before, name: value}] * 2
+
+
+def test_settings_are_shown_as_they_are_typed(monkeypatch, capsys):
+    _, said = talk(monkeypatch, capsys, r'/stop "\n\n" \\', "/top_k 5", "/top_k none", "/settings", "/", "/seed")
+    shown = {line.split()[0]: line for line in said if line.startswith("/")}
+    fields = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    assert set(shown) == {f"/{name}" for name in fields}
+    assert r'/stop "\n\n" "\\"' in shown["/stop"]
+    assert "/top_k none" in shown["/top_k"]
+    assert "above 1: wilder" in shown["/temperature"]
+    assert sum("/temperature" in line for line in said) == 2
+    assert said.count("/seed 1    the same seed draws the same text; none: a new one each time") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/temprature 1", "there is no setting temprature: did you mean /temperature?"),
+        ("/setings", "did you mean /settings?"),
+        ("/usr/bin", "A text that begins with a slash is typed with two."),
+        ("/temperature hot", "temperature=hot is not a number"),
+        ("/temperature nan", "temperature must be at least 0"),
+        ("/top_k 2.5", "top_k=2.5 is not a whole number"),
+        ("/top_p 2", "top_p must be at most 1"),
+        ("/max_new_tokens 0", "max_new_tokens must be at least 1"),
+        ("/stop 'a", "a quote is not closed"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_changes_nothing(monkeypatch, capsys, line, words):
+    asked, said = talk(monkeypatch, capsys, "before", line, "after")
+    assert asked[0][1] == asked[1][1]
+    (error,) = said
+    assert error.startswith("error: ")
+    assert words in error
+
+
+def test_a_text_may_begin_with_a_slash(monkeypatch, capsys):
+    asked, said = talk(monkeypatch, capsys, "//usr", "//", "/help")
+    assert [prompt for prompt, _ in asked] == ["/usr", "/"]
+    assert any("/temperature 0.5" in line for line in said)

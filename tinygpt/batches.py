@@ -6,10 +6,12 @@ The order is a keyed permutation that is computed for just the windows asked for
 be the first.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 IGNORED = -1  # a target that no token fills: the padding of the last validation window
 VALIDATION_LOGITS = 2**24  # logits per validation batch: 64 MiB in float32
@@ -21,10 +23,48 @@ Words = NDArray[np.uint64]
 class TokenSource(Protocol):
     """A split's tokens; `shards.Tokens` is one."""
 
+    @property
+    def documents(self) -> Integers | None:
+        """Where each document begins and, at the end, where the last one ends; None where the text is one."""
+
     def __len__(self) -> int: ...
 
     def windows(self, starts: Integers, length: int) -> Integers:
         """(len(starts), length) tokens, one row from each start."""
+
+
+class Batch(NamedTuple):
+    """Sequences to train on or to be judged by, as tensors."""
+
+    tokens: Tensor
+    """(B, T + 1): what is read and, one place on, what should be said; IGNORED where a row is padded."""
+    positions: Tensor | None = None
+    """(B, T): how far each token read is from the first of its document that can be seen; None: each row is one text."""
+    targets: int | None = None
+    """How many targets the optimizer step has, over all devices; None: one for every token read."""
+
+    def split(self, size: int) -> "list[Batch]":
+        """Parts of at most `size` sequences."""
+        positions = [None] * len(self.tokens) if self.positions is None else self.positions.split(size)
+        return [Batch(*parts, self.targets) for parts in zip(self.tokens.split(size), positions, strict=False)]
+
+    def on(self, device: torch.device) -> "Batch":
+        """The same, there."""
+        return Batch(self.tokens.to(device), None if self.positions is None else self.positions.to(device), self.targets)
+
+
+class Order(Protocol):
+    """Which sequences each optimizer step holds."""
+
+    batch_size: int
+    rows_per_epoch: int
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Targets of a sequence, on average."""
+
+    def read(self, tokens: TokenSource, step: int, share: slice) -> Batch:
+        """The sequences of step `step`, of all devices, that `share` picks."""
 
 
 def mix(x: Words) -> Words:
@@ -61,18 +101,26 @@ class BatchOrder:
         if n_tokens < block_size + 1:
             raise ValueError(f"{n_tokens} tokens hold no window of {block_size} and a target")
         self.block_size, self.batch_size = block_size, batch_size
-        self.windows_per_epoch = max(1, (n_tokens - block_size) // block_size)
-        spare = n_tokens - 1 - self.windows_per_epoch * block_size
+        self.rows_per_epoch = max(1, (n_tokens - block_size) // block_size)
+        spare = n_tokens - 1 - self.rows_per_epoch * block_size
         self.offsets = np.uint64(min(block_size, spare + 1))
         self.key = mix(np.array([seed], dtype=np.uint64))
 
     def starts(self, step: int) -> Integers:
         """First token of each of the batch_size windows of step `step`; a window is followed by its last target."""
         drawn = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.uint64)
-        epoch, index = np.divmod(drawn, np.uint64(self.windows_per_epoch))
+        epoch, index = np.divmod(drawn, np.uint64(self.rows_per_epoch))
         key = mix(self.key ^ mix(epoch))
-        window = permute(index, self.windows_per_epoch, key)
+        window = permute(index, self.rows_per_epoch, key)
         return (key % self.offsets + window * np.uint64(self.block_size)).astype(np.int64)
+
+    @property
+    def tokens_per_row(self) -> float:
+        return self.block_size
+
+    def read(self, tokens: TokenSource, step: int, share: slice) -> Batch:
+        """The windows of step `step` that `share` picks."""
+        return Batch(torch.from_numpy(tokens.windows(self.starts(step)[share], self.block_size + 1)))
 
 
 def validation_windows(tokens: TokenSource, block_size: int, limit: int | None = None) -> int:

@@ -1,5 +1,8 @@
 """Checkpoints: one file that rebuilds weights, architecture and tokenizer, and that can run no code when it is opened.
 
+`open_any` takes the word `ckpt=` in all its forms: what is no checkpoint of ours (an export, a model of Hugging Face's)
+becomes one in memory, so that nobody else needs to know the difference.
+
 A checkpoint is Lightning's dictionary with one more entry, `tinygpt`, the card: plain values that say which model, which
 tokenizer and which run it is. Files are always read with `weights_only=True`, and nothing in them names code.
 """
@@ -7,14 +10,16 @@ tokenizer and which run it is. Files are always read with `weights_only=True`, a
 import os
 import pickle
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tinygpt.config import DataConfig, ModelConfig, TokenizerConfig, UserError
+from tinygpt.hub import assemble
 from tinygpt.model import GPT
+from tinygpt.pretrained import PREFIX, Pretrained, is_export, open_folder, open_hub
 from tinygpt.tokenizer import Tokenizer, from_state
 
 FORMAT = 1
@@ -33,17 +38,90 @@ def make_card(model: GPT, tokenizer: Tokenizer, config: dict[str, Any], corpus: 
     }
 
 
-def load(ckpt: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
-    """The model (in eval mode) and the tokenizer of a checkpoint: a .ckpt file, a run directory (its best) or "latest".
+def load(
+    ckpt: str | Path, device: str | torch.device = "cpu", block_size: int | None = None
+) -> tuple[GPT, Tokenizer | None]:
+    """The model (in eval mode) and the tokenizer of a checkpoint; `block_size` shortens its context.
 
-    Raises UserError where there is none, or where the file is damaged or not tinygpt's.
+    `ckpt` is a .ckpt file, a run directory (its best), "latest", an exported directory, "hf:NAME" or "hf:DIR". The
+    tokenizer is None where hf: brings none that tinygpt can express. Raises UserError where there is no such
+    checkpoint, or where it is damaged or not of a kind that tinygpt has.
     """
-    return rebuild(open_checkpoint(find(ckpt)), device)
+    _, checkpoint = open_any(ckpt)
+    return rebuild(checkpoint if block_size is None else crop(checkpoint, block_size), device)
 
 
-def rebuild(checkpoint: dict[str, Any], device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
+def load_for_text(ckpt: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
+    """As `load`, for those who need the tokenizer: UserError where there is none."""
+    model, tokenizer = load(ckpt, device)
+    if tokenizer is None:
+        raise UserError(f"{ckpt} brings no tokenizer that tinygpt can express", NO_TOKENIZER)
+    return model, tokenizer
+
+
+NO_TOKENIZER = (
+    "put a byte-level BPE's tokenizer.json (or vocab.json and merges.txt) beside the weights; "
+    "from Python, tinygpt.load gives the model alone"
+)
+
+
+def open_any(ckpt: str | Path) -> tuple[str, dict[str, Any]]:
+    """The file, folder or name that `ckpt` means, in any of the forms that `load` takes, and the opened checkpoint."""
+    if str(ckpt).startswith(PREFIX):
+        return str(ckpt), as_checkpoint(open_hub(str(ckpt).removeprefix(PREFIX)))
+    if is_export(Path(ckpt)):
+        return str(ckpt), as_checkpoint(open_folder(Path(ckpt)))
+    path = find(ckpt)
+    return str(path), open_checkpoint(path)
+
+
+def as_checkpoint(found: Pretrained) -> dict[str, Any]:
+    """What `open_checkpoint` would give, had a run of ours left these weights; of that run only its data may be known."""
+    card = {
+        "format": FORMAT,
+        "model": asdict(found.model),
+        "vocab_size": found.vocab_size,
+        "tokenizer": found.tokenizer.state() if found.tokenizer else None,
+        "config": found.origin.get("config", {}),
+        "corpus": found.origin.get("corpus", {}),
+    }
+    return {"tinygpt": card, "state_dict": {f"model.{name}": tensor for name, tensor in found.weights.items()}}
+
+
+def crop(checkpoint: dict[str, Any], block_size: int) -> dict[str, Any]:
+    """The opened checkpoint with another context: learned positions can only be cut, rotations reach any."""
+    card, weights = checkpoint["tinygpt"], dict(checkpoint["state_dict"])
+    shape = replace(ModelConfig(**card["model"]), block_size=block_size)
+    if shape.position == "learned":
+        stored = card["model"]["block_size"]
+        if block_size > stored:
+            raise UserError(
+                f"model.block_size={block_size} is more than the {stored} positions that the weights have learned",
+                f"model.block_size={stored} or less",
+            )
+        weights["model.wpe.weight"] = weights["model.wpe.weight"][:block_size]
+    return {**checkpoint, "tinygpt": {**card, "model": asdict(shape)}, "state_dict": weights}
+
+
+def rebuild(checkpoint: dict[str, Any], device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer | None]:
     """The model, in eval mode, and the tokenizer of an opened checkpoint."""
-    return build_model(checkpoint).to(device).eval(), from_state(checkpoint["tinygpt"]["tokenizer"])
+    return build_model(checkpoint).to(device).eval(), stored_tokenizer(checkpoint)
+
+
+def stored_tokenizer(checkpoint: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer of an opened checkpoint; None where hf: brought none."""
+    state = checkpoint["tinygpt"]["tokenizer"]
+    return None if state is None else from_state(state)
+
+
+def check_vocabulary(checkpoint: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """UserError unless the tokenizer is of the size that the weights were made for."""
+    size = checkpoint["tinygpt"]["vocab_size"]
+    if tokenizer.vocab_size != size:
+        raise UserError(
+            f"the weights know {size:,} tokens, and the {tokenizer.kind} tokenizer of the data has {tokenizer.vocab_size:,}",
+            "choose the tokenizer that they were trained with, for example data/tokenizer=gpt2",
+        )
 
 
 def pick_device(wanted: str) -> str:
@@ -61,6 +139,8 @@ def find(ckpt: str | Path, which: str = "best") -> Path:
     path = LATEST if str(ckpt) == "latest" else Path(ckpt)
     if path.is_file():
         return path
+    if (path / "config.json").is_file():
+        raise UserError(f"{ckpt} is a model of Hugging Face's", f"say so: {PREFIX}{ckpt}")
     if str(ckpt) == "latest" and not path.exists():
         raise UserError("there is no run yet: outputs/latest does not exist", "train one first: python train.py")
     if not path.is_dir():
@@ -94,17 +174,12 @@ def build_model(checkpoint: dict[str, Any]) -> GPT:
     """The GPT of an opened checkpoint, on its memory-mapped weights: nothing is initialised or copied."""
     card, prefix = checkpoint["tinygpt"], "model."
     try:
-        with torch.device("meta"):
-            model = GPT(ModelConfig(**card["model"]), card["vocab_size"])
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        model.load_state_dict(weights, assign=True)
+        return assemble(ModelConfig(**card["model"]), card["vocab_size"], weights)
     except (KeyError, TypeError) as error:
         raise UserError(f"the checkpoint does not describe a model of tinygpt's: {error!r}", NOT_OURS) from error
     except RuntimeError as error:
         raise UserError(f"the checkpoint's weights do not fit its model: {first_line(error)}", NOT_OURS) from error
-    if model.config.tie_embeddings:
-        model.lm_head.weight = model.wte.weight
-    return model
 
 
 def first_line(error: Exception) -> str:
@@ -112,7 +187,9 @@ def first_line(error: Exception) -> str:
 
 
 def stored_data(card: dict[str, Any]) -> DataConfig:
-    """The data settings that a checkpoint's run used."""
+    """The data settings that a checkpoint's run used. Raises UserError where it knows of none."""
+    if "data" not in card["config"]:
+        raise UserError("these weights bring no corpus", "name one: data=shakespeare, or data=text data.path=my.txt")
     data = dict(card["config"]["data"])
     return DataConfig(**{**data, "tokenizer": TokenizerConfig(**data["tokenizer"])})
 

@@ -123,20 +123,39 @@ class TokenizerConfig:
     kind: str = option("char", "the tokenizer", choices=("char", "byte", "word", "gpt2", "bpe"))
     vocab_size: int = option(1024, "bpe: number of tokens to learn, the 256 bytes included", ge=256)
     min_frequency: int = option(2, "word: rarer words become <unk>", ge=1)
+    specials: list[str] = option([], "word: entries of the vocabulary beside <unk> that no text has, such as <pad>")
 
     def __post_init__(self) -> None:
         check(self, "data.tokenizer.")
+        for special in self.specials:
+            if not re.fullmatch(r"<\w+>", special) or special == "<unk>" or self.specials.count(special) > 1:
+                raise UserError(
+                    f"data.tokenizer.specials={self.specials}: {special!r} cannot be one",
+                    "each is a name of its own in angle brackets, such as <pad>; <unk> is there already",
+                )
+
+
+CORPORA = ("pydocs", "shakespeare", "books", "imdb", "text")
+OF_DOCUMENTS = ("imdb",)  # the corpora that know where each of their documents begins
 
 
 @dataclass
 class DataConfig:
     """Which text, which tokens, which batches."""
 
-    corpus: str = option("pydocs", "where the text comes from", choices=("pydocs", "shakespeare", "text"))
+    corpus: str = option("pydocs", "where the text comes from", choices=CORPORA)
     path: str | None = option(None, "corpus=text: a file, a folder or a glob (.gz and .xz are unpacked)")
     tokenizer: TokenizerConfig = group(TokenizerConfig, "how text becomes tokens")
-    val_fraction: float = option(0.1, "the last part of the text, kept for validation", gt=0, lt=1)
+    clean: bool = option(False, "imdb: lower case; tags and every character but a-z and white space deleted")
+    val_fraction: float = option(0.1, "the part kept for validation: the last of the text but for the test's", gt=0, lt=1)
+    test_fraction: float = option(0.0, "the part kept for evaluate.py split=test: the very last of the text", ge=0, lt=1)
     val_tokens: int | None = option(None, "validate on the first so many tokens; null: the whole split", ge=2)
+    layout: str = option(
+        "stream",
+        "what a sequence is: a window of the joined text | a window, attention and positions kept inside each document | "
+        "the beginning of one document, padded",
+        choices=("stream", "packed", "padded"),
+    )
     global_batch_size: int = option(12, "sequences per optimizer step, over all devices", ge=1)
     micro_batch_size: int | None = option(None, "sequences per forward pass on one device; null: found for you", ge=1)
     num_workers: int = option(0, "processes that load batches; 0: the training process itself", ge=0)
@@ -148,6 +167,18 @@ class DataConfig:
         if self.corpus != "text" and self.path:
             raise UserError(
                 f"data.path has no meaning for the corpus {self.corpus}", "say data=text to train on your own text"
+            )
+        if self.val_fraction + self.test_fraction >= 1:
+            raise UserError(
+                f"data.val_fraction={self.val_fraction} and data.test_fraction={self.test_fraction} leave no training text",
+                "together they must stay below 1",
+            )
+        if self.clean and self.corpus != "imdb":
+            raise UserError(f"data.clean has no meaning for the corpus {self.corpus}", "it is the cleaning of data=imdb")
+        if self.layout != "stream" and self.corpus not in OF_DOCUMENTS:
+            raise UserError(
+                f"data.layout={self.layout} needs documents, and the corpus {self.corpus} is one running text",
+                f"use data.layout=stream, or a corpus of documents: {', '.join(OF_DOCUMENTS)}",
             )
 
 
@@ -192,7 +223,7 @@ class TrainConfig:
     seed: int = option(1337, "decides initial weights, batches and dropout", ge=0, lt=2**63)
     compile: bool = option(False, "compile the model with torch.compile (pays on long runs)")
     resume: str | None = option(None, "auto, or a checkpoint or run directory to continue from")
-    init_from: str | None = option(None, "a checkpoint whose weights (and tokenizer) to start from")
+    init_from: str | None = option(None, "weights (with shape and tokenizer) to start from: whatever ckpt= may be")
     stop_at_loss: float | None = option(None, "end when the training or validation loss reaches this", gt=0)
     dry_run: bool = option(False, "print the forecast and stop")
     data_dir: str | None = option(None, "where corpora live; null: $TINYGPT_DATA_DIR, else data/")
@@ -228,11 +259,14 @@ REFUSED_TRAINER_ARGUMENTS = {
 }
 
 
+CKPT = "a .ckpt file, a run directory, latest, an exported directory, hf:NAME or hf:DIR"
+
+
 @dataclass
 class SampleConfig:
     """Text from a checkpoint."""
 
-    ckpt: str = option("latest", "a .ckpt file, a run directory, or latest")
+    ckpt: str = option("latest", CKPT)
     prompt: str = option("\n", "the text to continue; @FILE reads a file, - standard input")
     num_samples: int = option(1, "how many continuations", ge=1)
     max_new_tokens: int = option(256, "how many tokens each", ge=1)
@@ -255,8 +289,13 @@ class SampleConfig:
 class EvaluateConfig:
     """The loss of a checkpoint on a text."""
 
-    ckpt: str = option("latest", "a .ckpt file, a run directory, or latest")
-    split: str = option("val", "which part of the corpus", choices=("train", "val", "all"))
+    ckpt: str = option("latest", CKPT)
+    split: str = option("val", "which part of the corpus", choices=("train", "val", "test", "all"))
+    rows: str = option(
+        "windows",
+        "every token once, in windows of block_size | the first block_size tokens of each document",
+        choices=("windows", "openings"),
+    )
     data: DataConfig | None = option(None, "another text (data=text data.path=...); null: the checkpoint's own corpus")
     batch_size: int = option(32, "windows per forward pass", ge=1)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
@@ -272,13 +311,14 @@ class EvaluateConfig:
 class ServeConfig:
     """Models over HTTP, and the playground."""
 
-    ckpt: str = option("latest", "a checkpoint, served as `custom`, or several: {name:path,other:path}")
+    ckpt: str = option("latest", f"{CKPT}; served as `custom`; or several: {{name:path,other:path}}")
     gpt2: str | None = option("hf:gpt2", "what the model `gpt2` is loaded from on its first use; null: no such model")
     host: str = option("127.0.0.1", "the address to listen at; 0.0.0.0: every one of this machine")
     port: int = option(8000, "the port to listen at; 0: a free one", ge=0, lt=65536)
     api_key: str | None = option(None, "what clients must send as a bearer token; null: $TINYGPT_API_KEY, else none")
     cors: list[str] = option([], "origins whose web pages may call the API, such as https://example.org")
     playground: bool = option(True, "the web page at /")
+    browser: bool = option(False, "open that page in a web browser, where there is a screen")
     max_batch: int = option(32, "texts written at once by each model; more wait", ge=1)
     max_waiting: int = option(256, "texts that may wait for each model; more are refused with 429", ge=1)
     max_prompt_tokens: int = option(16384, "tokens of one prompt; the model reads the last block_size", ge=1)
@@ -286,6 +326,24 @@ class ServeConfig:
     max_body_bytes: int = option(2**20, "bytes of one request", ge=1024)
     timeout: float = option(30.0, "seconds that a request may take to arrive", gt=0)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    debug: bool = option(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        check(self, "")
+
+
+@dataclass
+class ExportConfig:
+    """The weights of a checkpoint as a directory for other programs."""
+
+    ckpt: str = option("latest", CKPT)
+    format: str = option(
+        "hf",
+        "hf: what transformers and vLLM load (GPT-2 or Llama) | safetensors: any model, for tinygpt",
+        choices=("hf", "safetensors"),
+    )
+    out: str | None = option(None, "the directory to write; an earlier export there is replaced")
+    overwrite: bool = option(False, "replace the directory whatever it holds")
     debug: bool = option(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:

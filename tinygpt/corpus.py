@@ -7,31 +7,25 @@ dropped.
 
 import codecs
 import glob
-import gzip
 import hashlib
 import json
-import logging
-import lzma
 import os
 import platform
+import re
 import shlex
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
-from uuid import uuid4
+from typing import IO
 
+from tinygpt import imdb
 from tinygpt.config import DataConfig, UserError
-
-if TYPE_CHECKING:
-    from requests import Response, Session
+from tinygpt.files import Download, obtain, open_packed, reading
 
 CHUNK_SIZE = 2**20
 """Bytes of a file (characters of a text in memory) that are read at a time."""
 
-_TIMEOUT = (10, 60)  # seconds to connect, and between two packets
 _BINARY_PROBE = 2**13
 
 
@@ -49,12 +43,14 @@ def cache_dir(value: str | None) -> Path:
 class Corpus:
     """A text with a name.
 
-    `fingerprint` changes when the text does, and is cheap: it does not read the user's files.
+    `fingerprint` changes when the text does, and is cheap: it does not read the user's files. Where the corpus is made of
+    `documents`, each chunk is one of them, and each begins with a newline.
     """
 
     name: str
     fingerprint: str
     read: Callable[[], Iterator[str]]
+    documents: bool = False
 
     def chunks(self) -> Iterator[str]:
         """The text from its start, about CHUNK_SIZE at a time.
@@ -89,14 +85,6 @@ def _slices(text: str) -> Iterator[str]:
     return (text[start : start + CHUNK_SIZE] for start in range(0, len(text), CHUNK_SIZE))
 
 
-class Download(NamedTuple):
-    """A public file: where it is, the sha256 of its content, and its path below its folder."""
-
-    url: str
-    sha256: str
-    path: str
-
-
 SHAKESPEARE = Download(
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
@@ -115,6 +103,65 @@ def _shakespeare(config: DataConfig, data_dir: Path) -> Corpus:  # noqa: ARG001 
     return Corpus("shakespeare", SHAKESPEARE.sha256, lambda: _read_files([path]))
 
 
+def _gutenberg(repository: str, commit: str, file: str, sha256: str) -> Download:
+    return Download(f"https://raw.githubusercontent.com/GITenberg/{repository}/{commit}/{file}", sha256, f"books/{file}")
+
+
+BOOKS = (
+    _gutenberg(
+        "Alice-s-Adventures-in-Wonderland_11",
+        "7f18748e114b994d5d9454d5793581bc0b9cf9d7",
+        "11-0.txt",
+        "49a0b2726606e1290ac03a63978fa1dd1bd38a8d805704d98265f393533ea094",
+    ),
+    _gutenberg(
+        "Pride-and-Prejudice_1342",
+        "81db45c9c48c592f0b77f01fc59e677ad0a5634e",
+        "1342-0.txt",
+        "48e0522844402a86a3ea98f0947ba85ea54838db3c59022299298ed968a5a163",
+    ),
+    _gutenberg(
+        "The-Adventures-of-Sherlock-Holmes_1661",
+        "7e5dd2703fbf503c004063e96ab7c61262375e5f",
+        "1661.txt",
+        "2a0ce5568625a304f54fbb6bfdeeadf527a1437254b5f0e06b5a9e233d4784a2",
+    ),
+    _gutenberg(
+        "War-and-Peace_2600",
+        "fa22ab90f00f627e83d14acabe32d91602d2365d",
+        "2600-0.txt",
+        "6cbcc5ca5e590fb9ace161a5b93e4ecf280d7118104be0d63b686c004cfa70ae",
+    ),
+    _gutenberg(
+        "Moby-Dick--Or-The-Whale_2701",
+        "bdf1948e6cd00963730971e5624e764a35f238c3",
+        "2701-0.txt",
+        "baf9b04fcf6e0008f30eaaa6697277751448c1070b20175e0082f28cbb161fd3",
+    ),
+)
+_BOOK = re.compile(r"^\*\*\* ?START OF [^\n]*\n(.*?)^\*\*\* ?END OF ", flags=re.DOTALL | re.MULTILINE)
+
+
+def _books(config: DataConfig, data_dir: Path) -> Corpus:  # noqa: ARG001 (nothing to configure)
+    paths = [obtain(book, data_dir) for book in BOOKS]
+    content = hashlib.sha256("".join(book.sha256 for book in BOOKS).encode()).hexdigest()
+    return Corpus("books", content, lambda: _slices("\n\n".join(book_text("".join(_read_file(path))) for path in paths)))
+
+
+def book_text(text: str) -> str:
+    """A Project Gutenberg file without what comes before its START line and after its END line; lines end in a newline."""
+    found = _BOOK.search(text.replace("\r\n", "\n"))
+    assert found, "a file whose checksum is right has both lines"
+    return found[1].strip("\n") + "\n"
+
+
+def _imdb(config: DataConfig, data_dir: Path) -> Corpus:
+    paths = imdb.find(data_dir)
+    reviews = cache(lambda: imdb.read_reviews(paths, config.clean))  # the corpus is read several times, and is not large
+    fingerprint = f"{imdb.ARCHIVE.sha256} seed={imdb.SEED} clean={config.clean}"
+    return Corpus("imdb", fingerprint, lambda: (f"\n{review}" for review in reviews()), documents=True)
+
+
 def gpt2_merges(data_dir: Path) -> Path:
     """OpenAI's `vocab.bpe`, from $TIKTOKEN_CACHE_DIR or data_dir/tiktoken_cache; downloaded if in neither."""
     named = os.environ.get("TIKTOKEN_CACHE_DIR")
@@ -124,106 +171,9 @@ def gpt2_merges(data_dir: Path) -> Path:
     return obtain(GPT2_MERGES, (present or folders)[0])
 
 
-def obtain(download: Download, folder: Path) -> Path:
-    """The file below `folder`, downloaded if it is not there.
-
-    Raises UserError if it is not what it should be.
-    """
-    path = folder / download.path
-    with _reading(path):
-        found = _sha256(path) if path.exists() else None
-    if found is None:
-        fetch(download.url, download.sha256, path)
-    elif found != download.sha256:
-        raise UserError(
-            f"{path} is not the file it should be: its sha256 is {found}, expected {download.sha256}",
-            f"delete it to have it downloaded again, or put {download.url} there",
-        )
-    return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fetch(url: str, sha256: str, target: Path) -> None:
-    """Download `url` to `target`, which appears only when it is whole and its sha256 is right.
-
-    Raises UserError.
-    """
-    import requests
-
-    advice = f"put the file {url} (sha256 {sha256}) in the folder {target.parent.absolute()} as {target.name}"
-    part = target.with_name(f".{target.name}.{uuid4().hex}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        found = _download(url, part)
-        if found != sha256:
-            raise UserError(f"{url} has changed: its sha256 is {found}, expected {sha256}", advice)
-        part.replace(target)
-    except requests.RequestException as error:
-        raise UserError(f"cannot download {url} ({_reason(error)})", advice) from error
-    except OSError as error:
-        message = f"cannot write {target}: {error.strerror or error}"
-        raise UserError(message, f"{advice}; or name another folder with data_dir= or $TINYGPT_DATA_DIR") from error
-    finally:
-        _remove(part)
-
-
-def _reason(error: Exception) -> str:
-    """The innermost cause in words: the outer ones repeat the address and object names."""
-    inner: BaseException = error
-    while (below := getattr(inner, "reason", None) or inner.__context__) and isinstance(below, BaseException):
-        inner = below
-    return getattr(inner, "strerror", None) or str(inner)
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return  # its folder never was, or may not be written: an error about that is on its way
-
-
-def _download(url: str, target: Path) -> str:
-    """Write the body of `url` to `target`; its sha256."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    digest = hashlib.sha256()
-    with _session() as session, session.get(url, stream=True, timeout=_TIMEOUT) as response:
-        response.raise_for_status()
-        with target.open("wb") as file, Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(f"downloading {url.rsplit('/', 1)[-1]}", total=_size(response))
-            for block in response.iter_content(2**16):
-                file.write(block)
-                digest.update(block)
-                progress.advance(task, len(block))
-    return digest.hexdigest()
-
-
-def _session() -> "Session":
-    from requests import Session
-    from requests.adapters import HTTPAdapter
-    from urllib3.util import Retry
-
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns at each retry; the error says it all
-    session = Session()
-    adapter = HTTPAdapter(max_retries=Retry(3, backoff_factor=0.2, status_forcelist=(429, 500, 502, 503, 504)))
-    session.mount("https://", adapter)
-    session.mount("http://", adapter)
-    return session
-
-
-def _size(response: "Response") -> int | None:
-    size = response.headers.get("Content-Length", "")
-    return int(size) if size.isdecimal() else None
-
-
 def _text(config: DataConfig, data_dir: Path) -> Corpus:  # noqa: ARG001 (the path is the user's)
     assert config.path
-    with _reading(Path(config.path)):
+    with reading(Path(config.path)):
         paths = find_files(config.path)
         seen = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     if not any(size for _, size, _ in seen):
@@ -235,6 +185,8 @@ def _text(config: DataConfig, data_dir: Path) -> Corpus:  # noqa: ARG001 (the pa
 _CORPORA: dict[str, Callable[[DataConfig, Path], Corpus]] = {
     "pydocs": _pydocs,
     "shakespeare": _shakespeare,
+    "books": _books,
+    "imdb": _imdb,
     "text": _text,
 }
 
@@ -295,7 +247,7 @@ def _read_file(path: Path) -> Iterator[str]:
     """The text of one file. Raises UserError with the place of the first byte that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     read = 0
-    with _reading(path), _open(path) as file:
+    with reading(path), open_packed(path) as file:
         _refuse_binary(path, file)
         while True:
             block = file.read(CHUNK_SIZE)
@@ -308,23 +260,6 @@ def _read_file(path: Path) -> Iterator[str]:
                 yield text
             if not block:
                 return
-
-
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.GzipFile(path)  # type: ignore[return-value]  # it is one in all but name
-    return lzma.LZMAFile(path) if path.suffix == ".xz" else path.open("rb")
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what may go wrong with a file into a UserError that names it."""
-    try:
-        yield
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged: {error}", "it cannot be unpacked: get it again") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}", "check that it is there and readable") from error
 
 
 def _refuse_binary(path: Path, file: IO[bytes]) -> None:

@@ -200,12 +200,13 @@ class Engine:
                 raise UserError(f"the token {token} is outside the vocabulary of {top}", f"use ids from 0 to {top - 1}")
         return self.model
 
+    @torch.inference_mode()
     def _run(self) -> None:
-        while self._admit():
+        while self._wait():
             try:
-                with torch.inference_mode():
-                    self._read_prompts()
-                    self._step()
+                self._change_places()
+                self._read_prompts()
+                self._step()
             except Exception as error:  # out of memory, say: those who were in the batch hear of it, the next are served
                 for job in self._jobs:
                     self._deliver(job, Ended("error", error))
@@ -214,23 +215,25 @@ class Engine:
         for job in (*self._jobs, *self._waiting):
             self._deliver(job, Ended("cancelled"))
 
-    def _admit(self) -> bool:
-        """Let go of the cancelled, take in who waits, sleep while there is nothing to do; False when closed."""
-        for job in [job for job in self._jobs if job.cancelled]:
-            self._end(job, "cancelled")
+    def _wait(self) -> bool:
+        """Sleep while there is nothing to do; False when closed."""
         with self._change:
-            while not self._closed:
-                while self._waiting and len(self._jobs) < self.max_batch:
-                    job = self._waiting.popleft()
-                    if job.cancelled:
-                        self._deliver(job, Ended("cancelled"))
-                    else:
-                        self._jobs.append(job)
-                if self._jobs:
-                    break
+            while not (self._closed or self._jobs or self._waiting):
                 self._cache.drop()
                 self._change.wait()
         return not self._closed
+
+    def _change_places(self) -> None:
+        """Let go of the cancelled, take in who waits."""
+        for job in [job for job in self._jobs if job.cancelled]:
+            self._end(job, "cancelled")
+        with self._change:
+            while self._waiting and len(self._jobs) < self.max_batch:
+                job = self._waiting.popleft()
+                if job.cancelled:
+                    self._deliver(job, Ended("cancelled"))
+                else:
+                    self._jobs.append(job)
 
     def _read_prompts(self) -> None:
         """Read up to CHUNK tokens of the texts that are behind by more than one; the last token is the step's."""

@@ -4,6 +4,7 @@ Bits per byte compare models whatever their tokenizers: the same text has the sa
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from tinygpt.batches import IGNORED, TokenSource, validation_batch, validation_windows
+from tinygpt.batches import IGNORED, Batch, Integers, TokenSource, validation_batch, validation_length, validation_windows
+from tinygpt.documents import boundaries, opening_lengths, openings, positions_within
 from tinygpt.model import GPT
 
 
@@ -67,20 +69,56 @@ def evaluate(
     *,
     batch_size: int = 32,
     limit: int | None = None,
+    layout: str = "stream",
+    rows: str = "windows",
 ) -> dict[str, float | int | None]:
-    """The metrics of `model`, on its device, over a split (or its first `limit` tokens), in windows of block_size."""
-    block_size, device, training = model.config.block_size, next(model.parameters()).device, model.training
+    """The metrics of `model`, on its device, over a split (or its first `limit` tokens).
+
+    rows: windows, each token but the first once; or openings, the first block_size tokens of each document. layout: the
+    run's data.layout, which says what a token in a window may attend to. Raises ValueError for what needs documents
+    where the text is one.
+    """
+    device, training = next(model.parameters()).device, model.training
     metrics = TextMetrics(byte_lengths).to(device)
     model.eval()
-    n = validation_windows(tokens, block_size, limit)
-    for first in range(0, n, batch_size):
-        batch = validation_batch(tokens, block_size, first, min(n, first + batch_size), limit)
-        idx, targets = split_batch(torch.from_numpy(batch).to(device))
-        metrics.update(model(idx), targets)
+    for batch in read_rows(tokens, model.config.block_size, batch_size, limit, layout, rows):
+        metrics.update(*predict(model, batch.on(device)))
     model.train(training)
     return metrics.compute()
 
 
-def split_batch(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T + 1) tokens to what the model reads and what it should say, (B, T) each. Padding is read as token 0."""
-    return batch[:, :-1].clamp_min(0), batch[:, 1:]
+def read_rows(tokens: TokenSource, block_size: int, size: int, limit: int | None, layout: str, rows: str) -> Iterator[Batch]:
+    """A split in batches of `size` sequences."""
+    if rows == "windows":
+        n = validation_windows(tokens, block_size, limit)
+        for first in range(0, n, size):
+            yield window_batch(tokens, block_size, first, min(n, first + size), limit, layout)
+        return
+    n = int(np.searchsorted(boundaries(tokens)[:-1], validation_length(tokens, limit)))
+    lengths = opening_lengths(tokens, block_size)
+    by_length: Integers = np.argsort(lengths[:n], kind="stable")  # so that little is padding
+    for first in range(0, n, size):
+        yield Batch(torch.from_numpy(openings(tokens, lengths, by_length[first : first + size])))
+
+
+def window_batch(tokens: TokenSource, block_size: int, first: int, last: int, limit: int | None, layout: str) -> Batch:
+    """The validation windows [first, last), as runs of this layout read windows."""
+    batch = torch.from_numpy(validation_batch(tokens, block_size, first, last, limit))
+    if layout != "packed":
+        return Batch(batch)
+    return Batch(batch, torch.from_numpy(positions_within(tokens, np.arange(first, last) * block_size, block_size)))
+
+
+def predict(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The model's logits (B, T, V), and what it should say (B, T). Padding is read as token 0."""
+    idx, targets = batch.tokens[:, :-1].clamp_min(0), batch.tokens[:, 1:]
+    if batch.positions is None:
+        return model(idx), targets
+    return model(idx, positions=batch.positions, mask=document_mask(batch.positions)), targets
+
+
+def document_mask(positions: Tensor) -> Tensor:
+    """(B, 1, T, T): each token sees those from the first of its document, `positions` (B, T) before it, to itself."""
+    at = torch.arange(positions.shape[1], device=positions.device)
+    mask: Tensor = (at <= at[:, None]) & (at >= (at - positions)[..., None])
+    return mask.unsqueeze(1)

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from fastapi import HTTPException, Request
@@ -13,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinygpt.answers import INVALID, error_body
 from tinygpt.served import Library
+
+DRAINED = 16  # times max_bytes: up to there a body that is too large is read to its end
 
 
 class Limited:
@@ -26,13 +29,21 @@ class Limited:
             await self.app(scope, receive, send)
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.max_bytes:  # refused before a byte of it is read
+        if declared.isdigit() and int(declared) > self.max_bytes:
             refused = self.too_large()
+            if int(declared) <= DRAINED * self.max_bytes:
+                await self.drain(self.bounded(receive, DRAINED * self.max_bytes))
             await JSONResponse(error_body(refused.detail, INVALID), 413, headers=refused.headers)(scope, receive, send)
         else:
-            await self.app(scope, self.bounded(receive), send)
+            await self.app(scope, self.bounded(receive, self.max_bytes), send)
 
-    def bounded(self, receive: Receive) -> Receive:
+    async def drain(self, receive: Receive) -> None:
+        """Read a body that is refused: a client that is still sending when the connection closes may miss the answer."""
+        with suppress(HTTPException):
+            while (await receive()).get("more_body", False):
+                pass
+
+    def bounded(self, receive: Receive, max_bytes: int) -> Receive:
         """`receive`, held to the limits until the body is complete."""
         read, complete, deadline = 0, False, time.monotonic() + self.seconds
 
@@ -47,7 +58,7 @@ class Limited:
                 raise HTTPException(408, late, {"Connection": "close"}) from None
             read += len(message.get("body", b""))
             complete = message["type"] != "http.request" or not message.get("more_body", False)
-            if read > self.max_bytes:
+            if read > max_bytes:
                 raise self.too_large()
             return message
 

@@ -17,6 +17,10 @@ EXAMPLES = {
         'python sample.py ckpt=latest prompt="To be" temperature=0.8 top_k=50',
         "python sample.py ckpt=latest interactive=true",
     ),
+    "export": (
+        "python export.py ckpt=latest format=hf out=my-model",
+        "python export.py ckpt=outputs/run1 format=safetensors out=my-model",
+    ),
     "evaluate": (
         "python evaluate.py ckpt=latest split=val",
         "python evaluate.py ckpt=latest data=text data.path=my.txt",
@@ -63,8 +67,13 @@ def key_lines(schema: type, prefix: str) -> list[str]:
 
 
 def default_text(item: dataclasses.Field[object]) -> str:
+    choices = item.metadata.get("choices")
+    return f"[{shown_default(item)}" + (f"; one of {', '.join(choices)}]" if choices else "]")
+
+
+def shown_default(item: dataclasses.Field[object]) -> str:
+    """The default as one would type it; a newline as \\n."""
     made = item.default_factory
     value = item.default if made is dataclasses.MISSING else made()
-    choices = item.metadata.get("choices")
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return f"[{shown.strip(chr(39)) or repr('')}" + (f"; one of {', '.join(choices)}]" if choices else "]")
+    return shown.strip(chr(39)) or repr("")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinygpt.batches import IGNORED
+from tinygpt.batches import IGNORED, Batch
 from tinygpt.config import OptimizerConfig
-from tinygpt.evaluate import TextMetrics, split_batch
+from tinygpt.evaluate import TextMetrics, predict
 from tinygpt.model import GPT
 from tinygpt.optim import learning_rate, make_optimizer
 
@@ -52,7 +52,7 @@ class LitGPT(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.optimizer_config)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         self.reseed()
@@ -78,22 +78,28 @@ class LitGPT(L.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed % 2**63)
 
-    def accumulate(self, batch: Tensor) -> Tensor:
-        """Gradients of the mean loss over batch (B, T + 1), micro-batch by micro-batch; returns that loss, detached."""
+    def accumulate(self, batch: Batch) -> Tensor:
+        """Gradients of the mean loss over the targets of the step, micro-batch by micro-batch.
+
+        Returns this device's part of that loss, detached: the mean over the devices is the step's.
+        """
         *parts, last = batch.split(self.micro_batch_size)
-        total = torch.zeros((), device=batch.device)
+        total = torch.zeros((), device=batch.tokens.device)
         for part in parts:
             with self.unsynchronised():
-                total += self.backward_part(part, len(part) / len(batch))
-        return total + self.backward_part(last, len(last) / len(batch))
+                total += self.backward_part(part, batch)
+        return total + self.backward_part(last, batch)
 
     def unsynchronised(self) -> AbstractContextManager[Any]:
         """Gradients stay on this device: under DDP they are reduced once a step, with the last micro-batch."""
         return getattr(self.trainer.strategy, "block_backward_sync", nullcontext)()
 
-    def backward_part(self, part: Tensor, weight: float) -> Tensor:
-        idx, targets = split_batch(part)
-        loss = cross_entropy(self.model(idx), targets) * weight
+    def backward_part(self, part: Batch, batch: Batch) -> Tensor:
+        logits, targets = predict(self.model, part)
+        if batch.targets is None:
+            loss = cross_entropy(logits, targets, "mean") * (len(part.tokens) / len(batch.tokens))
+        else:  # gradients are averaged over the devices, of which each may have another number of targets
+            loss = cross_entropy(logits, targets, "sum") * (self.trainer.world_size / batch.targets)
         self.manual_backward(loss)
         return loss.detach()
 
@@ -105,9 +111,8 @@ class LitGPT(L.LightningModule):
         bound = self.optimizer_config.grad_clip
         return torch.nn.utils.clip_grad_norm_(parameters, bound if bound > 0 else float("inf"))
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        idx, targets = split_batch(batch)
-        self.metrics.update(self.model(idx), targets)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.metrics.update(*predict(self.model, batch))
 
     def on_validation_epoch_end(self) -> None:
         self.val_metrics = self.metrics.compute()
@@ -122,6 +127,6 @@ class LitGPT(L.LightningModule):
         self.val_metrics = checkpoint["val_metrics"]
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the tokens of targets (B, T) that are not IGNORED; logits (B, T, V)."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Over the tokens of targets (B, T) that are not IGNORED; logits (B, T, V)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from tinygpt.config import UserError
+from tinygpt.summary import read_metrics
 
 COLUMNS = (
     "step",
@@ -38,6 +39,7 @@ class CSVLogger(Logger):
     def __init__(self, save_dir: str | Path) -> None:
         super().__init__()
         self.path, self.begun = Path(save_dir) / "metrics.csv", False
+        self.seconds = 0.0  # what the kept lines had taken
 
     @property
     def name(self) -> str:
@@ -72,13 +74,7 @@ class CSVLogger(Logger):
             writer.writerows(kept)
         temporary.replace(self.path)
         self.begun = True
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The lines of a metrics.csv, as text; a last line that a kill cut short is left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if row.get("step") and None not in row.values()]
+        self.seconds = float(kept[-1]["seconds"] or 0) if kept else 0.0
 
 
 def wandb(project: str, save_dir: str | Path, name: str | None = None, id: str | None = None, mode: str = "auto") -> Logger:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from tinygpt import __version__
 from tinygpt.callbacks import BestCheckpoint
-from tinygpt.checkpoint import load
+from tinygpt.checkpoint import load_for_text
 from tinygpt.config import TrainConfig
 from tinygpt.forecast import Forecast
 from tinygpt.generate import generate, opening
@@ -59,7 +59,7 @@ class Outcome:
         return float(self.best().get("loss", math.inf))
 
 
-def say_forecast(forecast: Forecast, config: TrainConfig, prepared: Prepared, file: TextIO) -> None:
+def say_forecast(forecast: Forecast, epochs: float, config: TrainConfig, prepared: Prepared, file: TextIO) -> None:
     """Parameters, FLOPs, memory, tokens, steps and time, one line each; the same in train.log."""
     lines = {
         "corpus": f"{prepared.corpus}: {len(prepared.train):,} training and {len(prepared.val):,} validation tokens, "
@@ -68,8 +68,7 @@ def say_forecast(forecast: Forecast, config: TrainConfig, prepared: Prepared, fi
         "FLOPs per token": f"{forecast.flops_per_token:,}",
         "tokens per step": f"{forecast.tokens_per_step:,} ({config.data.global_batch_size} sequences, "
         f"{forecast.micro_batch_size} at a time)",
-        "steps": f"{forecast.steps:,} ({forecast.steps * forecast.tokens_per_step:,} tokens, "
-        f"{forecast.steps * forecast.tokens_per_step / len(prepared.train):.2f} epochs)",
+        "steps": f"{forecast.steps:,} ({forecast.steps * forecast.tokens_per_step:,} tokens, {epochs:.2f} epochs)",
         "memory": f"about {forecast.memory_bytes / 2**20:,.0f} MiB",
         "time": f"about {duration(forecast.seconds)} ({forecast.tokens_per_step / forecast.step_seconds:,.0f} tokens/s)",
     }
@@ -158,7 +157,7 @@ def print_result(outcome: Outcome) -> None:
         table.add_row("checkpoint", from_here(Path(summary["checkpoint"])))
     console.print(Panel(table, title=outcome.prepared.corpus, expand=False))
     if summary["checkpoint"]:
-        model, tokenizer = load(summary["checkpoint"])
+        model, tokenizer = load_for_text(summary["checkpoint"])
         prompt = opening("\n", tokenizer)
         print(generate(model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1).strip("\n"))
         print(f"\nmore: python sample.py ckpt={shlex.quote(from_here(Path(summary['checkpoint'])))}")

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import logging
 import os
 import sys
@@ -26,13 +27,12 @@ from tinygpt.generate import opening
 from tinygpt.lit import LitGPT
 from tinygpt.loggers import finish
 from tinygpt.model import GPT
-from tinygpt.plots import draw_curves
+from tinygpt.plot import draw_curves
 from tinygpt.progress import MetricsWriter, ProgressBar, Throughput
 from tinygpt.report import Outcome, print_result, say_forecast, write_summary
 from tinygpt.shards import Prepared, prepare
 from tinygpt.summary import read_summary
 from tinygpt.targets import build, check_node
-from tinygpt.tokenizer import from_state
 from tinygpt.trainer import accelerator, check_trainer, make_trainer, precision, total_steps, world_size
 
 log = logging.getLogger("tinygpt")
@@ -58,8 +58,8 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
     check_trainer(config.trainer)
     check_nodes(config)
     device = accelerator(config.trainer)
-    init = ckpt.open_checkpoint(ckpt.find(config.init_from)) if config.init_from and started is None else None
-    prepared = prepare_data(config, started or init)
+    init = starting_weights(config, overrides) if config.init_from and started is None else None
+    prepared = prepare_data(config, started, init)
     if started is not None:
         refuse_changes(config, prepared, started)
     plan = make_plan(config, prepared, model_shape(config, init), device)
@@ -67,7 +67,7 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
         refuse_budget(config, plan.steps, started["global_step"])
         plan.forecast.seconds *= 1 - started["global_step"] / plan.steps  # what is left to do
     if rank == 0:
-        say_forecast(plan.forecast, config, prepared, file=sys.stdout if config.dry_run else sys.stderr)
+        say_forecast(plan.forecast, plan.epochs, config, prepared, file=sys.stdout if config.dry_run else sys.stderr)
     if config.dry_run:
         return None
     model = make_model(config, prepared, init)
@@ -89,7 +89,7 @@ def starting_checkpoint(config: TrainConfig, run_dir: Path) -> dict[str, Any] | 
     """The opened checkpoint to resume from, with its path under "path"; None for a new run."""
     if config.resume is None:
         return None
-    if config.init_from:
+    if config.init_from and config.resume != "auto":  # which is a new run's command too
         raise UserError("resume and init_from exclude each other", "resume goes on with a run; init_from starts a new one")
     path = run_dir / "checkpoints" / "last.ckpt" if config.resume == "auto" else ckpt.find(config.resume, "last")
     if config.resume == "auto" and not path.exists():
@@ -102,7 +102,9 @@ def continued(config: TrainConfig, overrides: Sequence[str], card: dict[str, Any
 
     resume=auto repeats the command of the run, so there the command is the config.
     """
-    keys = [override.partition("=")[0].lstrip("+~").replace("/", ".").split("@")[0] for override in overrides]
+    keys = override_keys(overrides)
+    if config.init_from:
+        return replace(config, model=replace(ModelConfig(**card["model"]), dropout=config.model.dropout))
     if config.resume == "auto" or "experiment" in keys:
         return config
     given, values = asdict(config), {**asdict(config), **card["config"]}
@@ -111,6 +113,11 @@ def continued(config: TrainConfig, overrides: Sequence[str], card: dict[str, Any
         set_path(values, given, key.split("."))
     restored: TrainConfig = from_dict(TrainConfig, values)
     return restored
+
+
+def override_keys(overrides: Sequence[str]) -> list[str]:
+    """The dotted keys that the command line names."""
+    return [override.partition("=")[0].lstrip("+~").replace("/", ".").split("@")[0] for override in overrides]
 
 
 def set_path(target: dict[str, Any], source: dict[str, Any], path: list[str]) -> None:
@@ -142,17 +149,23 @@ def refuse_changes(config: TrainConfig, prepared: Prepared, checkpoint: dict[str
     changed = [name for name in FIXED if was[name] != now[name]]
     if was["data"]["global_batch_size"] != config.data.global_batch_size:
         changed.append("data.global_batch_size")
+    if was["data"].get("layout", "stream") != config.data.layout:
+        changed.append("data.layout")
     if "training_weights" in checkpoint and not any(is_ema(node) for node in config.callbacks.values()):
         changed.append("callbacks (its weights are an average: keep ema)")
     if card["tokenizer"] != prepared.tokenizer.state():
         changed.append("data.tokenizer")
-    if card["corpus"]["sha256"] != prepared.sha256 or was["data"]["val_fraction"] != config.data.val_fraction:
+    if card["corpus"]["sha256"] != prepared.sha256 or fractions(was["data"]) != fractions(now["data"]):
         changed.append("the corpus")
     if changed:
         raise UserError(
             f"a resumed run cannot change {' and '.join(changed)}",
             "leave it as it was, or start a new run (init_from=CHECKPOINT keeps the weights)",
         )
+
+
+def fractions(data: dict[str, Any]) -> tuple[float, float]:
+    return data["val_fraction"], data.get("test_fraction", 0.0)
 
 
 def is_ema(node: Any) -> bool:
@@ -168,30 +181,48 @@ def refuse_budget(config: TrainConfig, steps: int, taken: int) -> None:
         )
 
 
+def starting_weights(config: TrainConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The opened checkpoint of init_from: its model, with the config's dropout and the block_size that is asked for.
+
+    The command line asks by its key; an experiment does by having a smaller one.
+    """
+    _, opened = ckpt.open_any(str(config.init_from))
+    keys, wanted = override_keys(overrides), config.model.block_size
+    stored = opened["tinygpt"]["model"]["block_size"]
+    if "model.block_size" in keys or ("experiment" in keys and wanted < stored):
+        opened = ckpt.crop(opened, wanted)
+    card = opened["tinygpt"]
+    return {**opened, "tinygpt": {**card, "model": {**card["model"], "dropout": config.model.dropout}}}
+
+
 # What it trains on
 
 
-def prepare_data(config: TrainConfig, source: dict[str, Any] | None) -> Prepared:
-    """The corpus as tokens; a checkpoint that the run starts from brings its tokenizer."""
-    tokenizer = from_state(source["tinygpt"]["tokenizer"]) if source else None
-    if source and config.resume and asdict(config.data.tokenizer) != source["tinygpt"]["config"]["data"]["tokenizer"]:
+def prepare_data(config: TrainConfig, started: dict[str, Any] | None, init: dict[str, Any] | None) -> Prepared:
+    """The corpus as tokens; a checkpoint that the run starts from brings its tokenizer, if it has one."""
+    source = started or init
+    tokenizer = ckpt.stored_tokenizer(source) if source else None
+    if started and asdict(config.data.tokenizer) != started["tinygpt"]["config"]["data"]["tokenizer"]:
         tokenizer = None  # refuse_changes names it
-    return prepare(config.data, data_dir(config.data_dir), cache_dir(config.cache_dir), tokenizer)
+    prepared = prepare(config.data, data_dir(config.data_dir), cache_dir(config.cache_dir), tokenizer)
+    if init:
+        ckpt.check_vocabulary(init, prepared.tokenizer)
+    return prepared
 
 
 def model_shape(config: TrainConfig, init: dict[str, Any] | None) -> ModelConfig:
-    """The config's model; where weights come from a checkpoint, its model with the config's dropout."""
-    if init is None:
-        return config.model
-    return replace(ModelConfig(**init["tinygpt"]["model"]), dropout=config.model.dropout)
+    """The config's model, or that of the weights to start from."""
+    return config.model if init is None else ModelConfig(**init["tinygpt"]["model"])
 
 
 def make_model(config: TrainConfig, prepared: Prepared, init: dict[str, Any] | None) -> GPT:
     """A model with the initial weights that the seed decides, or a checkpoint's."""
     torch.manual_seed(config.seed)
-    model = GPT(model_shape(config, init), prepared.tokenizer.vocab_size)
-    if init is not None:
-        model.load_state_dict(ckpt.build_model(init).state_dict())
+    if init is None:
+        return GPT(config.model, prepared.tokenizer.vocab_size)
+    model = copy.deepcopy(ckpt.build_model(init))  # in memory of its own, aligned and laid out like any other
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
     return model
 
 
@@ -204,12 +235,13 @@ class Plan:
 
     steps: int
     forecast: Forecast
+    epochs: float
 
 
 def make_plan(config: TrainConfig, prepared: Prepared, shape: ModelConfig, device: str) -> Plan:
     T, B = shape.block_size, config.data.global_batch_size
-    order = make_order(len(prepared.train), len(prepared.val), T, B, config.seed)
-    steps = total_steps(config.trainer, B, T, order.windows_per_epoch)
+    order = make_order(prepared.train, prepared.val, T, B, config.seed, config.data.layout)
+    steps = total_steps(config.trainer, B, order.tokens_per_row, order.rows_per_epoch)
     world = world_size(config.trainer, device)
     if B % world:
         raise UserError(
@@ -230,7 +262,8 @@ def make_plan(config: TrainConfig, prepared: Prepared, shape: ModelConfig, devic
         device=torch.device(device),
         precision=precision(config.trainer, device),
     )
-    return Plan(steps, forecast)
+    forecast.tokens_per_step = round(B * order.tokens_per_row)
+    return Plan(steps, forecast, steps * B / order.rows_per_epoch)
 
 
 # The training
@@ -254,7 +287,7 @@ def fit(
         micro_batch_size=plan.forecast.micro_batch_size,
         seed=config.seed,
         card=card,
-        byte_lengths=prepared.tokenizer.byte_lengths(),
+        byte_lengths=None if config.data.clean else prepared.tokenizer.byte_lengths(),
     )
     if config.compile:
         model.compile()  # in place: wrapping it would rename its weights
@@ -266,6 +299,7 @@ def fit(
         batch_size=config.data.global_batch_size,
         seed=config.seed,
         total_steps=plan.steps,
+        layout=config.data.layout,
         val_tokens=config.data.val_tokens,
         num_workers=config.data.num_workers,
     )

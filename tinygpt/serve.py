@@ -9,9 +9,11 @@ import os
 import re
 import socket
 import sys
+import webbrowser
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from threading import Thread
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -131,10 +133,18 @@ def serve(config: ServeConfig) -> None:
         app = make_app(library, config, config.api_key or os.environ.get("TINYGPT_API_KEY"))
         host, port = listener.getsockname()[:2]
         print(f"serving {', '.join(library.names)} at http://{host}:{port}", file=sys.stderr, flush=True)
+        if config.browser:
+            Thread(target=open_browser, args=(f"http://{host}:{port}",), daemon=True).start()  # it waits for the server
         settings = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
         )
         uvicorn.Server(settings).run(sockets=[listener])
+
+
+def open_browser(url: str) -> None:
+    """Show `url` to the user; without a screen nothing happens, where `webbrowser` would take over the terminal."""
+    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(url)
 
 
 @contextmanager

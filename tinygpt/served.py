@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import nn
 
-from tinygpt.checkpoint import find, load
+from tinygpt.checkpoint import find, load_for_text
 from tinygpt.config import UserError
 from tinygpt.engine import Drawn, Ended, Engine, Event, Job, Read, Request
 from tinygpt.generate import Continuation, Sampling, end_of_text, start_token
@@ -251,9 +251,7 @@ class Library:
 
     def _load(self, name: str) -> Served:
         source = self._sources[name]
-        model, tokenizer = load(source, self._device)
-        if tokenizer is None:
-            raise UserError(f"{source} has no tokenizer that tinygpt knows", "serve a checkpoint with its tokenizer")
+        model, tokenizer = load_for_text(source, self._device)
         own_memory(model)
         self._ready[name] = served = Served(name, model, tokenizer, self._limits, created(source))
         return served

@@ -1,8 +1,9 @@
 """Text to token shards on disk, once: in bounded memory, all or nothing, for all who ask for the same tokens.
 
 A prepared corpus is a folder below the cache: `train-00000.bin`, `val-00000.bin` and so on (little-endian
-ids, nothing else), `tokenizer.json`, and a `manifest.json` that says what they are. It is built under a
-temporary name and renamed, so that a folder with the final name is whole, whoever was killed on the way.
+ids, nothing else), `train-documents.bin` where the corpus is made of documents, `tokenizer.json`, and a
+`manifest.json` that says what they are. It is built under a temporary name and renamed, so that a folder
+with the final name is whole, whoever was killed on the way.
 """
 
 import errno
@@ -11,81 +12,37 @@ import json
 import logging
 import os
 import shutil
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 from uuid import uuid4
 
 import numpy as np
-import numpy.typing as npt
 
 from tinygpt.config import DataConfig, TokenizerConfig, UserError
 from tinygpt.corpus import Corpus, gpt2_merges, open_corpus
 from tinygpt.tokenizer import Ids, State, Tokenizer, UnknownCharacter, build, from_state, token_dtype
+from tinygpt.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 SHARD_TOKENS = 2**27
 LONGEST_CARRY = 2**22
 """Characters without a safe place to cut after which a text is cut anyway."""
 
+SPLITS = ("train", "val", "test")
+
 _PROGRESS_BYTES = 50_000_000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LEARNED_WITH = {"word": ("min_frequency",), "bpe": ("vocab_size",)}
+_LEARNED_WITH = {"word": ("min_frequency", "specials"), "bpe": ("vocab_size",)}
 
 Manifest = dict[str, Any]
-
-
-class Tokens:
-    """The ids of one split, read-only, memory-mapped. Cheap to pickle: a worker maps the files anew."""
-
-    def __init__(self, files: Sequence[Path], counts: Sequence[int], dtype: str) -> None:
-        self._files, self._counts, self._dtype = tuple(files), tuple(counts), dtype
-        self._ends = list(accumulate(self._counts))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __add__(self, other: "Tokens") -> "Tokens":
-        """These tokens, then the other's."""
-        assert self._dtype == other._dtype
-        return Tokens(self._files + other._files, self._counts + other._counts, self._dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_shards"}
-
-    @cached_property
-    def _shards(self) -> list[Ids]:
-        # Plain arrays over the maps: slicing a np.memmap costs several times as much.
-        return [np.asarray(np.memmap(file, dtype=self._dtype, mode="r")) for file in self._files]
-
-    def windows(self, starts: npt.NDArray[np.integer[Any]], length: int) -> npt.NDArray[np.int64]:
-        """The (len(starts), length) ids of the windows that begin at `starts`.
-
-        Raises IndexError beyond the split.
-        """
-        if len(starts) and (starts.min() < 0 or starts.max() + length > len(self)):
-            raise IndexError(f"windows of {length} from {starts.min()} to {starts.max()} in {len(self)} tokens")
-        windows = np.empty((len(starts), length), dtype=np.int64)
-        for start, row in zip(starts.tolist(), windows, strict=True):
-            self._copy(start, row)
-        return windows
-
-    def _copy(self, start: int, row: npt.NDArray[np.int64]) -> None:
-        """Fill `row` with the ids from `start` on, over as many shards as it takes."""
-        shard, filled = bisect_right(self._ends, start), 0
-        while filled < len(row):
-            offset = start + filled - (self._ends[shard] - self._counts[shard])
-            part = self._shards[shard][offset : offset + len(row) - filled]
-            row[filled : filled + len(part)] = part
-            filled, shard = filled + len(part), shard + 1
 
 
 @dataclass(frozen=True)
@@ -97,11 +54,13 @@ class Prepared:
     sha256: str
     train: Tokens
     val: Tokens
+    test: Tokens
     folder: Path
 
     def tokens(self, split: str) -> Tokens:
-        """The split `train` or `val`, or `all`: the one and then the other."""
-        return {"train": self.train, "val": self.val, "all": self.train + self.val}[split]
+        """The split `train`, `val` or `test`, or `all`: one after the other."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return splits[split] if split != "all" else self.train + self.val + self.test
 
 
 def prepare(config: DataConfig, data_dir: Path, cache_dir: Path, tokenizer: Tokenizer | None = None) -> Prepared:
@@ -111,7 +70,8 @@ def prepare(config: DataConfig, data_dir: Path, cache_dir: Path, tokenizer: Toke
     where the text cannot be had, read or encoded, or the cache not be written.
     """
     corpus = open_corpus(config, data_dir)
-    wanted = {"format": FORMAT, "source": corpus.fingerprint, "val_fraction": config.val_fraction}
+    wanted = {"format": FORMAT, "source": corpus.fingerprint}
+    wanted |= {"val_fraction": config.val_fraction, "test_fraction": config.test_fraction}
     wanted |= {"fingerprint": tokenizer.fingerprint()} if tokenizer else {"settings": _settings(config.tokenizer)}
     family = f"{corpus.name}-{tokenizer.kind if tokenizer else config.tokenizer.kind}"
     found = _find(cache_dir, family, wanted)
@@ -150,21 +110,27 @@ def _load(folder: Path) -> Prepared | None:
         tokenizer = from_state(state)
         if tokenizer.fingerprint() != manifest["fingerprint"]:
             raise ValueError("tokenizer.json is not the tokenizer of the manifest")
-        train, val = (_tokens(folder, manifest, split) for split in ("train", "val"))
-        return Prepared(tokenizer, manifest["corpus"], manifest["sha256"], train, val, folder)
+        splits = {split: _tokens(folder, manifest, split) for split in SPLITS}
+        return Prepared(tokenizer, manifest["corpus"], manifest["sha256"], folder=folder, **splits)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("the tokens in %s are damaged (%s): they are prepared again", folder, error)
         return None
 
 
 def _tokens(folder: Path, manifest: Manifest, split: str) -> Tokens:
-    dtype = np.dtype(manifest["dtype"])
-    shards = manifest["splits"][split]["shards"]
-    for shard in shards:
-        size, expected = (folder / shard["file"]).stat().st_size, shard["tokens"] * dtype.itemsize
+    dtype, entry = np.dtype(manifest["dtype"]), manifest["splits"][split]
+    sizes = {shard["file"]: shard["tokens"] * dtype.itemsize for shard in entry["shards"]}
+    documents = {_documents_file(split): 8 * (entry["documents"] + 1)} if entry["documents"] is not None else {}
+    for file, expected in (sizes | documents).items():
+        size = (folder / file).stat().st_size
         if size != expected:
-            raise ValueError(f"{shard['file']} has {size} bytes instead of {expected}")
-    return Tokens([folder / shard["file"] for shard in shards], [shard["tokens"] for shard in shards], dtype.str)
+            raise ValueError(f"{file} has {size} bytes instead of {expected}")
+    counts = [shard["tokens"] for shard in entry["shards"]]
+    return Tokens([folder / file for file in sizes], counts, dtype.str, [(folder / file, 0) for file in documents])
+
+
+def _documents_file(split: str) -> str:
+    return f"{split}-documents.bin"
 
 
 @contextmanager
@@ -218,26 +184,26 @@ def _replace(folder: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class _Survey:
-    characters: int
+    units: int  # what a split is counted in: documents, or where the text is one, characters
     bytes: int
     sha256: str
 
 
 def _survey(corpus: Corpus) -> _Survey:
     """Read the whole text once, to know where it splits. Raises UserError if there is none."""
-    characters, size, digest = 0, 0, hashlib.sha256()
+    units, size, digest = 0, 0, hashlib.sha256()
     for chunk in corpus.chunks():
         data = chunk.encode()
         digest.update(data)
-        characters, size = characters + len(chunk), size + len(data)
-    if not characters:
+        units, size = units + (1 if corpus.documents else len(chunk)), size + len(data)
+    if not units:
         raise UserError(f"the corpus {corpus.name} is empty", "a text is needed to train on or to evaluate")
-    return _Survey(characters, size, digest.hexdigest())
+    return _Survey(units, size, digest.hexdigest())
 
 
-def train_characters(characters: int, val_fraction: float) -> int:
-    """How many characters, from the first on, are for training: exact, where int(10 * (1 - 0.9)) is 0."""
-    return int(characters * (1 - Fraction(str(val_fraction))))
+def first_part(units: int, *left_out: float) -> int:
+    """How many of so many characters or documents come before these fractions: exact, where int(10 * (1 - 0.9)) is 0."""
+    return int(units * (1 - sum(Fraction(str(fraction)) for fraction in left_out)))
 
 
 def _fill(
@@ -250,17 +216,18 @@ def _fill(
 ) -> None:
     """Write the shards, the tokenizer and the manifest of the corpus into an empty folder."""
     survey = _survey(corpus)
-    border = train_characters(survey.characters, config.val_fraction)
-    spans = {"train": (0, border), "val": (border, survey.characters)}
+    train = first_part(survey.units, config.val_fraction, config.test_fraction)
+    val = first_part(survey.units, config.test_fraction)
+    spans = {"train": (0, train), "val": (train, val), "test": (val, survey.units)}
     tokenizer = tokenizer or build(
         config.tokenizer,
         corpus.chunks,
         lambda: _pieces(corpus, *spans["train"]),
         lambda: gpt2_merges(data_dir),
     )
-    writer = _Writer(folder, tokenizer)
+    writer = _Writer(folder, tokenizer, corpus.documents)
     with _progress(survey) as advance:
-        splits = {name: writer.split(name, _pieces(corpus, *span), span[0], advance) for name, span in spans.items()}
+        splits = {name: writer.split(name, _pieces(corpus, *span), advance) for name, span in spans.items()}
     if writer.sha256() != survey.sha256:
         raise UserError(f"the corpus {corpus.name} changed while it was being read", "start again when it is complete")
     _write_json(folder / "tokenizer.json", tokenizer.state())
@@ -270,8 +237,8 @@ def _fill(
 
 
 def _pieces(corpus: Corpus, start: int, stop: int) -> Iterator[str]:
-    """The characters from `start` to `stop`, cut where it makes no difference to tokens."""
-    return recut(_span(corpus.chunks(), start, stop))
+    """The documents from `start` to `stop`; or the characters, cut where it makes no difference to tokens."""
+    return islice(corpus.chunks(), start, stop) if corpus.documents else recut(_span(corpus.chunks(), start, stop))
 
 
 def _span(chunks: Iterable[str], start: int, stop: int) -> Iterator[str]:
@@ -318,34 +285,38 @@ def _last_safe_cut(text: str) -> int:
 class _Writer:
     """Encodes the splits of a corpus into shards of SHARD_TOKENS tokens, and hashes the text on the way."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, documents: bool) -> None:
         self.dtype = token_dtype(tokenizer.vocab_size)
-        self._folder, self._tokenizer = folder, tokenizer
-        self._digest = hashlib.sha256()
+        self._folder, self._tokenizer, self._documents = folder, tokenizer, documents
+        self._digest, self._position = hashlib.sha256(), 0
 
     def sha256(self) -> str:
         """That of all text so far."""
         return self._digest.hexdigest()
 
-    def split(self, name: str, pieces: Iterable[str], position: int, advance: Callable[[int], None]) -> Manifest:
-        """Write one split, which begins at character `position` of the corpus; its entry in the manifest."""
-        counts = {"characters": 0, "bytes": 0, "tokens": 0}
+    def split(self, name: str, pieces: Iterable[str], advance: Callable[[int], None]) -> Manifest:
+        """Write the next split; its entry in the manifest."""
+        counts, ends = {"characters": 0, "bytes": 0, "tokens": 0}, array("q", [0])
         with _Shards(self._folder, name) as shards:
             for piece in pieces:
-                ids = self._encode(piece, position + counts["characters"])
+                ids = self._encode(piece)
                 shards.write(ids.astype(self.dtype, copy=False))
                 data = piece.encode()
                 self._digest.update(data)
                 for unit, amount in zip(counts, (len(piece), len(data), len(ids)), strict=True):
                     counts[unit] += amount
+                self._position += len(piece)
+                ends.append(counts["tokens"])
                 advance(len(data))
-        return {**counts, "shards": shards.entries}
+        if self._documents:
+            _write(self._folder / _documents_file(name), np.array(ends, dtype="<i8").tobytes())
+        return {**counts, "documents": len(ends) - 1 if self._documents else None, "shards": shards.entries}
 
-    def _encode(self, piece: str, position: int) -> Ids:
+    def _encode(self, piece: str) -> Ids:
         try:
             return self._tokenizer.encode_array(piece)
         except UnknownCharacter as error:  # it counted from the start of the piece
-            raise UnknownCharacter(error.character, position + error.position) from None
+            raise UnknownCharacter(error.character, self._position + error.position) from None
 
 
 class _Shards:
@@ -384,8 +355,12 @@ class _Shards:
 
 
 def _write_json(path: Path, value: Manifest | State) -> None:
+    _write(path, json.dumps(value, indent=1).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
-        file.write(json.dumps(value, indent=1).encode())
+        file.write(content)
         _flush(file)
 
 

@@ -1,5 +1,6 @@
-"""summary.json: what a run came to, as numbers for scripts. Standard library only: sweeps read many."""
+"""What a run leaves as numbers: summary.json and metrics.csv. Standard library only: sweeps read many."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -28,3 +29,10 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The lines of a metrics.csv, as text; a last line that a kill cut short is left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row.get("step") and None not in row.values()]

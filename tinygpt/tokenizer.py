@@ -189,13 +189,16 @@ class WordTokenizer(Tokenizer):
             raise ValueError("a word occurs twice")
 
     @classmethod
-    def learn(cls, texts: Iterable[str], min_frequency: int) -> Self:
-        """Words that occur `min_frequency` times or more: the most frequent first, then by alphabet."""
+    def learn(cls, texts: Iterable[str], min_frequency: int, specials: Iterable[str] = ()) -> Self:
+        """Words that occur `min_frequency` times or more: the most frequent first, then by alphabet.
+
+        `specials` come before them; no text is encoded to one, so that their ids are free for other uses.
+        """
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(cls._TOKEN.findall(text))
         known = [word for word, count in counts.items() if count >= min_frequency]
-        return cls(sorted(known, key=lambda word: (-counts[word], word)))
+        return cls([*specials, *sorted(known, key=lambda word: (-counts[word], word))])
 
     def encode_array(self, text: str) -> Ids:
         _refuse_surrogates(text)
@@ -224,7 +227,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 END_OF_TEXT = "<|endoftext|>"
 
 
-class _MergedBytes(Tokenizer):
+class MergedBytes(Tokenizer):
     """Byte-level BPE, run by tiktoken: a token's rank is its id and the order in which it is merged."""
 
     def __init__(self, ranks: Sequence[bytes], pattern: str, special_tokens: dict[str, int]) -> None:
@@ -283,7 +286,7 @@ def _cut_long_spaces(text: str) -> list[str]:
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-class GPT2Tokenizer(_MergedBytes):
+class GPT2Tokenizer(MergedBytes):
     """OpenAI's GPT-2 vocabulary: 50,256 byte sequences and `<|endoftext|>`."""
 
     kind = "gpt2"
@@ -291,14 +294,14 @@ class GPT2Tokenizer(_MergedBytes):
     @classmethod
     def from_merges(cls, path: Path) -> Self:
         """Read OpenAI's `vocab.bpe`: a header, then one merge a line, best first."""
-        byte_of = _bytes_by_character()
+        byte_of = bytes_by_character()
         merges = path.read_text(encoding="utf-8").split("\n")[1:-1]
         merged = [bytes(byte_of[character] for character in merge if character != " ") for merge in merges]
         ranks = [bytes([value]) for value in byte_of.values()] + merged
         return cls(ranks, GPT2_PATTERN, {END_OF_TEXT: len(ranks)})
 
 
-class BPETokenizer(_MergedBytes):
+class BPETokenizer(MergedBytes):
     """A byte-level BPE learned from text, cut by GPT-2's pattern. Any text round-trips."""
 
     kind = "bpe"
@@ -311,7 +314,7 @@ class BPETokenizer(_MergedBytes):
         from tokenizers import Tokenizer as Learner
         from tokenizers import models, pre_tokenizers, trainers
 
-        byte_of = _bytes_by_character()
+        byte_of = bytes_by_character()
         learner = Learner(models.BPE())
         learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=list(byte_of), show_progress=False)
@@ -321,7 +324,7 @@ class BPETokenizer(_MergedBytes):
         return cls([bytes(byte_of[character] for character in token) for token in tokens], GPT2_PATTERN, {})
 
 
-def _bytes_by_character() -> dict[str, int]:
+def bytes_by_character() -> dict[str, int]:
     """GPT-2's spelling of bytes: printable Latin-1 characters as they are, the others from U+0100 on."""
     printable = [value for value in range(256) if chr(value).isprintable() and chr(value) != " "]
     others = [value for value in range(256) if value not in printable]
@@ -355,7 +358,7 @@ def build(config: TokenizerConfig, texts: Texts, train_texts: Texts, gpt2_merges
     builders: dict[str, Callable[[], Tokenizer]] = {
         "char": lambda: CharTokenizer.learn(texts()),
         "byte": ByteTokenizer,
-        "word": lambda: WordTokenizer.learn(train_texts(), config.min_frequency),
+        "word": lambda: WordTokenizer.learn(train_texts(), config.min_frequency, config.specials),
         "gpt2": lambda: GPT2Tokenizer.from_merges(gpt2_merges()),
         "bpe": lambda: BPETokenizer.learn(train_texts(), config.vocab_size),
     }

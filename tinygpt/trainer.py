@@ -84,11 +84,11 @@ def world_size(settings: dict[str, Any], device: str) -> int:
     return max(1, count) * nodes
 
 
-def total_steps(settings: dict[str, Any], batch_size: int, block_size: int, windows_per_epoch: int) -> int:
-    """Optimizer steps that the budget buys; an epoch is one visit of every window."""
+def total_steps(settings: dict[str, Any], batch_size: int, tokens_per_row: float, rows_per_epoch: int) -> int:
+    """Optimizer steps that the budget buys; an epoch is one visit of every window or document."""
     name = next(name for name in BUDGETS if settings.get(name) is not None)
     value = float(settings[name])
-    units = {"max_steps": 1.0, "max_tokens": batch_size * block_size, "max_epochs": batch_size / windows_per_epoch}
+    units = {"max_steps": 1.0, "max_tokens": batch_size * tokens_per_row, "max_epochs": batch_size / rows_per_epoch}
     return max(1, math.ceil(round(value / units[name], 6)))
 
 

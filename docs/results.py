@@ -1,0 +1,175 @@
+"""What was measured, as Markdown: from benchmarks/results, which the scripts in benchmarks/ write, and conf/experiment."""
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SAMPLED = "shakespeare_char_cpu/seed-1"
+
+
+def read(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table; a | inside a cell would end it."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def ranged(spread: dict[str, float], digits: int) -> str:
+    """Mean, and range in brackets."""
+    mean, low, high = (f"{spread[name]:.{digits}f}" for name in ("mean", "min", "max"))
+    return f"{mean} ({low} to {high})"
+
+
+def measured() -> str:
+    """Every benchmark that compares us with a peer, or with our own forecast."""
+    parity, overhead = read("nanogpt_parity"), read("overhead")
+    seeds = ", ".join(str(row["seed"]) for row in parity["rows"])
+    by_parity, by_overhead = "`nanogpt_parity.py`", "`overhead.py`"
+    extra = overhead["extra_megabytes"]
+    rows = [
+        (
+            f"`experiment=shakespeare_char_cpu`, full-split validation loss, seeds {seeds}",
+            ranged(parity["tinygpt"], 4),
+            by_parity,
+        ),
+        (
+            "nanoGPT's own CPU recipe, its final checkpoints on the same full split",
+            ranged(parity["nanogpt"], 4),
+            by_parity,
+        ),
+        ("seconds per step of `train.py` over a bare PyTorch loop, nano", ranged(overhead["time_ratio"], 2), by_overhead),
+        (
+            "peak memory above the bare loop's",
+            f"{extra['mean']:.0f} MB ({extra['min']:.0f} to {extra['max']:.0f})",
+            by_overhead,
+        ),
+        (
+            f"forecast over measured time, {overhead['steps']} steps",
+            ranged(overhead["forecast_over_measured_time"], 2),
+            by_overhead,
+        ),
+        ("forecast over measured memory", ranged(overhead["forecast_over_measured_memory"], 2), by_overhead),
+    ]
+    return table(("what", "measured", "script"), rows)
+
+
+def measured_on() -> str:
+    """The machines behind `measured`."""
+    return "\n".join(f"- `{name}.json`: {place(read(name))}" for name in ("nanogpt_parity", "overhead"))
+
+
+def place(result: dict[str, Any]) -> str:
+    """Where and with what a result was measured."""
+    machine, versions = result["machine"], result["versions"]
+    names = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "lightning"))
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['system']}; {names}; {result['date']}"
+
+
+def serving() -> str:
+    """What many clients at once get from one server."""
+    if not (RESULTS / "serving.json").exists():
+        return "Not measured yet; `benchmarks/serving.py` does it."
+    result = read("serving")
+    rows = [
+        (
+            clients,
+            ranged(one["tokens_per_second"], 0),
+            ranged(one["ratio_to_one_client"], 1),
+            ranged(one["worst_first_token_seconds"], 1),
+        )
+        for clients, one in result["clients"].items()
+    ]
+    head = ("clients", "tokens/s in all", "over one client", "slowest first token, s")
+    how = f"`{result['model']}`, {result['new_tokens']} new tokens each, {result['rounds']} rounds; mean, and range"
+    return f"{table(head, rows)}\n\n{how} in brackets. `benchmarks/serving.py`, on {place(result)}."
+
+
+def seeds() -> str:
+    """The parity runs one by one."""
+    rows = [
+        (str(row["seed"]), f"{row['tinygpt']:.4f}", f"{row['nanogpt']:.4f}", f"{run_seconds(row['seed']):.0f} s")
+        for row in read("nanogpt_parity")["rows"]
+    ]
+    return table(("seed", "tinygpt", "nanoGPT", "time of ours, validations included"), rows)
+
+
+def run_seconds(seed: int) -> float:
+    with (RESULTS / "shakespeare_char_cpu" / f"seed-{seed}" / "metrics.csv").open(encoding="utf-8") as file:
+        return float(list(csv.DictReader(file))[-1]["seconds"])
+
+
+def parity_loss() -> str:
+    return f"validation loss {ranged(read('nanogpt_parity')['tinygpt'], 4)}, `nanogpt_parity.json`"
+
+
+# What is known of a recipe; one that is not here has not been measured by us.
+OF_EXPERIMENT = {"shakespeare_char_cpu": parity_loss}
+
+
+def experiments() -> str:
+    """Every recipe of conf/experiment: what its file says of it, its command, what was measured."""
+    rows = []
+    for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
+        known = OF_EXPERIMENT[path.stem]() if path.stem in OF_EXPERIMENT else "not measured yet"
+        rows.append((f"`experiment={path.stem}`", said_of(path), setting(path), known))
+    return table(("recipe", "what it is", "settings", "measured"), rows)
+
+
+def said_of(path: Path) -> str:
+    """The comment at the head of a YAML file, without Hydra's own."""
+    head = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))
+    assert head
+    said = " ".join(line.strip("# ") for line in head[0].splitlines() if "@package" not in line)
+    return said.replace("<", "&lt;")
+
+
+def setting(path: Path) -> str:
+    """What a YAML file sets, as one would type it."""
+    return "<br>".join(f"`{item}`" for item in flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
+
+
+def flat(values: Any, prefix: str = "") -> list[str]:
+    """Nested settings as key=value; the choices that a file is built on as group=choice."""
+    found = []
+    for name, value in values.items():
+        if name == "defaults":
+            found += [text for entry in value if (text := choice(entry))]
+        elif isinstance(value, dict):
+            found += flat(value, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}={spelt(value)}")
+    return found
+
+
+def choice(entry: Any) -> str:
+    """An entry of Hydra's defaults list: {'override /model': 'mini'} is model=mini."""
+    if not isinstance(entry, dict):
+        return "" if entry == "_self_" else f"with {entry}"
+    ((name, chosen),) = entry.items()
+    return f"{name.removeprefix('override ').removeprefix('/')}={spelt(chosen)}"
+
+
+def spelt(value: Any) -> str:
+    """As on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return "[" + ",".join(spelt(item) for item in value) + "]"
+    return value.replace("\n", "\\n") if isinstance(value, str) else str(value)
+
+
+def sample() -> str:
+    """The last thing that a committed run wrote, as a block."""
+    sections = (RESULTS / SAMPLED / "samples.md").read_text(encoding="utf-8").split("\n## ")
+    head, _, text = sections[-1].partition("\n")
+    return f"*{head}*\n\n{text.strip(chr(10))}"

@@ -1,0 +1,16 @@
+"""The weights of a checkpoint as a directory for other programs: python export.py ckpt=latest format=hf out=my-model"""
+
+from pathlib import Path
+
+from tinygpt import cli
+from tinygpt.config import ExportConfig
+
+
+def work(config: ExportConfig, run_dir: Path, overrides: list[str]) -> None:
+    from tinygpt.export import export  # torch, which --help does not wait for
+
+    print(export(config))
+
+
+if __name__ == "__main__":
+    cli.main("export", ExportConfig, work, Path(__file__).parent / "conf")
