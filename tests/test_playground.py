@@ -181,16 +181,16 @@ def test_tokens_are_coloured_by_probability_with_alternatives_on_hover(page):
 def test_a_model_is_loaded_when_first_asked_for_and_its_markup_is_text(page, later, tmp_path):
     page.get_by_label("Model", exact=True).click()
     page.get_by_role("option", name="gpt2").click()
-    press_write(page, prompt="<b>", Maximum_length=60, Temperature=0, seed=1)
+    press_write(page, prompt=EVIL, Maximum_length=200, Temperature=2, seed=1)
     told(page, "the model 'gpt2' cannot be loaded here")
     assert str(later.parent) not in page.content()
     tags = TokenizerConfig("bpe", vocab_size=300)
     (tmp_path / "text.txt").write_text((EVIL + "\n") * 60)
-    later.symlink_to(tiny.run(tmp_path, steps=30, every=30, data={"tokenizer": tags}))
-    text = written(page, prompt=EVIL)
+    later.symlink_to(tiny.run(tmp_path, steps=5, every=5, data={"tokenizer": tags}))
+    text = written(page)
     model, tokenizer = load(later)
-    assert text == generate(model, tokenizer, EVIL, max_new_tokens=60, temperature=0.0)
-    assert "<script>" in text[len(EVIL) :]
+    assert text == generate(model, tokenizer, EVIL, max_new_tokens=200, temperature=2.0, seed=1)
+    assert "<" in text[len(EVIL) :]
     assert page.locator("#view script, #view img, #view b").count() == 0
     assert page.evaluate("window.evil") is None
 
@@ -262,13 +262,12 @@ def test_an_api_key_locks_the_page_too(visit, tiny_run):
     with serving(tiny_run, playground=True, api_key="open sesame") as (address, _):
         assert httpx.get(f"{address}/config").status_code == 401
         page = visit(address)
-        page.get_by_label("username").fill("anyone")
-        page.get_by_label("password").fill("wrong")
-        page.get_by_role("button", name="Login").click()
-        page.wait_for_timeout(300)
-        assert page.locator("#write").count() == 0
-        page.get_by_label("password").fill("open sesame")
-        page.get_by_role("button", name="Login").click()
+        for key in ("wrong", "open sesame"):
+            assert page.locator("#write").count() == 0
+            page.get_by_label("username").fill("anyone")
+            page.get_by_label("password").fill(key)
+            page.get_by_role("button", name="Login").click()
+            page.wait_for_selector("text=Incorrect Credentials" if key == "wrong" else "#write")
         assert written(page, prompt="the", Maximum_length=4).startswith("the")
         page.close()
 

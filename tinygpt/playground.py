@@ -34,6 +34,7 @@ from tinygpt.tokenizer import Tokenizer
 HERE = Path(__file__).parent
 LONGEST, MOST_TEXTS = 2000, 8  # what the sliders end at, where the server's own limits are higher
 SHOWN_OF_PROMPT = 400  # characters of the prompt before each text
+HEADER = '<h1>tinygpt</h1><p>Give the model a beginning, and it writes on. <a href="docs">HTTP API</a></p>'
 PAUSE = 0.1  # seconds between two updates of the page
 BANDS = (0.8, 0.5, 0.2, 0.05)  # a token is in band 0 with a probability of 0.8 or more, ..., in band 4 below 0.05
 # What the page needs, and so what is passed to Gradio: no uploads, no files, no second API beside the documented one.
@@ -186,7 +187,7 @@ def make_page(library: Library, config: ServeConfig) -> gr.Blocks:
     running: dict[str, asyncio.Task[None]] = {}  # by the page's session: each page that is open has its own
 
     async def write(request: gr.Request, *controls: Any) -> AsyncIterator[tuple[Any, ...]]:
-        stop(request)
+        await stop(request)
         draft, session = Draft(), str(request.session_hash)
         running[session] = work = asyncio.create_task(compose(library, controls, draft))
         try:
@@ -201,7 +202,7 @@ def make_page(library: Library, config: ServeConfig) -> gr.Blocks:
             if running.get(session) is work:
                 del running[session]
 
-    def stop(request: gr.Request) -> None:
+    async def stop(request: gr.Request) -> None:
         if work := running.get(str(request.session_hash)):
             work.cancel()
 
@@ -217,10 +218,7 @@ def layout(library: Library, config: ServeConfig, write: Callable[..., Any], sto
     longest = min(LONGEST, config.max_new_tokens)
     page = gr.Blocks(title="tinygpt", analytics_enabled=False)
     with page:
-        gr.HTML(
-            '<h1>tinygpt</h1><p>Give the model a beginning, and it writes on. <a href="docs">HTTP API</a></p>',
-            elem_id="header",
-        )
+        gr.HTML(HEADER, elem_id="header")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
                 prompt = gr.Textbox(
@@ -231,7 +229,9 @@ def layout(library: Library, config: ServeConfig, write: Callable[..., Any], sto
                 with gr.Row(elem_id="buttons"):
                     start = gr.Button("Write", variant="primary", elem_id="write")
                     halt = gr.Button("Stop", interactive=False, elem_id="stop")
-                    gr.Checkbox(True, label="Colour tokens by probability", container=False, elem_id="colours")
+                    gr.Checkbox(
+                        True, label="Colour tokens by probability", elem_id="colours", container=False, interactive=True
+                    )
                 gr.HTML(legend(), elem_id="legend")
                 view = gr.HTML(
                     {"state": "empty", "status": "What the model writes appears here.", "texts": []},
@@ -254,16 +254,13 @@ def layout(library: Library, config: ServeConfig, write: Callable[..., Any], sto
         event = {"queue": True, "show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
         gr.on([start.click, prompt.submit], write, [prompt, *settings], [view, start, halt], trigger_mode="once", **event)
         halt.click(stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
-        page.unload(stop)
+    page.max_threads = config.max_batch + config.max_waiting  # who waits does so in the engine's queue, and is told
     page.queue(max_size=config.max_waiting)
     return page
 
 
 def slider(least: float, most: float, value: float, step: float, label: str, info: str | None = None) -> gr.Slider:
     return gr.Slider(least, most, value, step=step, label=label, info=info, buttons=[])
-
-
-HEADER = '<h1>tinygpt</h1><p>Give the model a beginning, and it writes on. <a href="docs">HTTP API</a></p>'
 
 
 def legend() -> str:
