@@ -26,7 +26,7 @@ def work(config: EvaluateConfig, run_dir: Path, overrides: list[str]) -> None:
             f"rows=openings needs documents, and the corpus {prepared.corpus} is one running text", "use rows=windows"
         )
     limit = data.val_tokens if config.split == "val" else None
-    lengths = None if data.clean else tokenizer.byte_lengths()
+    lengths = None if data.clean else prepared.tokenizer.byte_lengths()
     how = {"batch_size": config.batch_size, "limit": limit, "layout": data.layout, "rows": config.rows}
     metrics = evaluate(model, tokens, lengths, **how)
     where = {"checkpoint": name, "corpus": prepared.corpus, "sha256": prepared.sha256, "split": config.split}

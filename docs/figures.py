@@ -2,7 +2,7 @@
 
     python docs/figures.py [--run outputs/latest]
 
-Without --run it trains `experiment=shakespeare_char_cpu` first, two minutes on two CPU cores. The corpus is looked for in
+Without --run it trains `experiment=shakespeare_char_cpu` first, some minutes on a CPU. The corpus is looked for in
 $TINYGPT_DATA_DIR, or downloaded.
 """
 
@@ -28,10 +28,10 @@ from tinygpt.checkpoint import find, load, open_checkpoint, stored_data
 from tinygpt.config import ModelConfig, OptimizerConfig
 from tinygpt.corpus import cache_dir, data_dir
 from tinygpt.generate import Sampling, warp
-from tinygpt.loggers import read_metrics
 from tinygpt.model import GPT, continuation_mask, rope_tables, rotate
 from tinygpt.optim import learning_rate
 from tinygpt.shards import Prepared, prepare
+from tinygpt.summary import read_metrics
 from tinygpt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

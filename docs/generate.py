@@ -26,6 +26,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "measured-on": results.measured_on,
     "seeds": results.seeds,
     "sample": results.sample,
+    "serving": results.serving,
+    "letters": shapes.letters,
     "imdb-prepared": imdb.prepared,
     "imdb-vocabulary": imdb.vocabulary,
     "imdb-padding": imdb.padding,

@@ -1,6 +1,7 @@
 """The configuration reference, from the dataclasses that --help is made from and the YAML files of conf/."""
 
 import dataclasses
+import re
 import types
 import typing
 from pathlib import Path
@@ -103,11 +104,15 @@ def choices(name: str, found: list[str]) -> str:
     return table(("choice", "what", "sets"), [(f"`{name}={p.stem}`", said_of(p), setting(p)) for p in paths])
 
 
+def coded(advice: str) -> str:
+    """`key=value (why)` with the key as code."""
+    return re.sub(r"\S+=\S+", lambda found: f"`{found[0].rstrip(',')}`" + "," * found[0].endswith(","), advice)
+
+
 def trainer() -> str:
     """Arguments of lightning.Trainer that have another name here, or none."""
     from tinygpt.trainer import OURS  # Lightning
 
-    rows = [(f"`trainer.{name}`", f"`{instead}`") for name, instead in REFUSED_TRAINER_ARGUMENTS.items()]
-    rows += [(f"`trainer.{name}`", f"`{instead}`") for name, instead in OURS.items()]
+    rows = [(f"`trainer.{name}`", coded(instead)) for name, instead in {**REFUSED_TRAINER_ARGUMENTS, **OURS}.items()]
     budgets = ", ".join(f"`trainer.{name}`" for name in BUDGETS)
     return f"The budget is exactly one of {budgets}.\n\n{table(('refused', 'say instead'), rows)}"

@@ -1,5 +1,6 @@
 """What was measured, as Markdown: from benchmarks/results, which the scripts in benchmarks/ write, and conf/experiment."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -71,13 +72,40 @@ def place(result: dict[str, Any]) -> str:
     """Where and with what a result was measured."""
     machine, versions = result["machine"], result["versions"]
     names = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "lightning"))
-    return f"{machine['cores']} cores of an {machine['processor']}, {machine['system']}; {names}; {result['date']}"
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['system']}; {names}; {result['date']}"
+
+
+def serving() -> str:
+    """What many clients at once get from one server."""
+    if not (RESULTS / "serving.json").exists():
+        return "Not measured yet; `benchmarks/serving.py` does it."
+    result = read("serving")
+    rows = [
+        (
+            clients,
+            ranged(one["tokens_per_second"], 0),
+            ranged(one["ratio_to_one_client"], 1),
+            ranged(one["worst_first_token_seconds"], 1),
+        )
+        for clients, one in result["clients"].items()
+    ]
+    head = ("clients", "tokens/s in all", "over one client", "slowest first token, s")
+    how = f"`{result['model']}`, {result['new_tokens']} new tokens each, {result['rounds']} rounds; mean, and range"
+    return f"{table(head, rows)}\n\n{how} in brackets. `benchmarks/serving.py`, on {place(result)}."
 
 
 def seeds() -> str:
     """The parity runs one by one."""
-    rows = [(str(row["seed"]), f"{row['tinygpt']:.4f}", f"{row['nanogpt']:.4f}") for row in read("nanogpt_parity")["rows"]]
-    return table(("seed", "tinygpt", "nanoGPT"), rows)
+    rows = [
+        (str(row["seed"]), f"{row['tinygpt']:.4f}", f"{row['nanogpt']:.4f}", f"{run_seconds(row['seed']):.0f} s")
+        for row in read("nanogpt_parity")["rows"]
+    ]
+    return table(("seed", "tinygpt", "nanoGPT", "time of ours, validations included"), rows)
+
+
+def run_seconds(seed: int) -> float:
+    with (RESULTS / "shakespeare_char_cpu" / f"seed-{seed}" / "metrics.csv").open(encoding="utf-8") as file:
+        return float(list(csv.DictReader(file))[-1]["seconds"])
 
 
 def parity_loss() -> str:

@@ -77,7 +77,7 @@ def watch(config: ModelConfig, vocab_size: int, batch: int) -> dict[str, Shape]:
         module.register_forward_pre_hook(note_input(seen, name))
     with Heads() as heads:
         logits = model(idx)
-    return {**seen, **heads.seen, "loss": tuple(cross_entropy(logits, idx).shape)}
+    return {**seen, **heads.seen, "loss": tuple(cross_entropy(logits, idx, reduction="mean").shape)}
 
 
 def note_output(seen: dict[str, Shape], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -98,12 +98,27 @@ def steps() -> str:
     return table(("step", "in the code", "shape", *(f"`{name}`" for name in MODELS)), rows)
 
 
+def letters() -> str:
+    """What the letters stand for, for each of MODELS."""
+    configs = [(preset(name), vocabulary) for name, vocabulary in MODELS.items()]
+    rows = [
+        ("B", "sequences in a batch", "`data.global_batch_size`", *(str(B) for _ in configs)),
+        ("T", "tokens in a sequence", "at most `model.block_size`", *(str(c.block_size) for c, _ in configs)),
+        ("C", "width: numbers per token", "`model.n_embd`", *(str(c.n_embd) for c, _ in configs)),
+        ("H", "attention heads", "`model.n_head`", *(str(c.n_head) for c, _ in configs)),
+        ("D", "width of a head", "C / H", *(str(c.head_dim) for c, _ in configs)),
+        ("V", "tokens in the vocabulary", "from the tokenizer", *(str(v) for _, v in configs)),
+        ("", "blocks, one after the other", "`model.n_layer`", *(str(c.n_layer) for c, _ in configs)),
+    ]
+    return table(("letter", "meaning", "in the config", *(f"`{name}`" for name in MODELS)), rows)
+
+
 def letter(shape: Shape) -> str:
-    return f"({', '.join(LETTERS[n] for n in shape)})" if shape else "()"
+    return f"`({', '.join(LETTERS[n] for n in shape)})`"
 
 
 def written(shape: Shape) -> str:
-    return f"({', '.join(map(str, shape))})" if shape else "()"
+    return f"`({', '.join(map(str, shape))})`"
 
 
 def preset(name: str) -> ModelConfig:

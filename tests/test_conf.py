@@ -32,13 +32,13 @@ SCHEMAS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateCon
 CHOICES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/**/*.yaml"))
 
 
-def compose(verb, *arguments):
+def compose(verb, *arguments, schema=None, conf=CONF):
     """The config of a command line; errors as the user's script would see them."""
-    schema = SCHEMAS[verb]
+    schema = schema or SCHEMAS[verb]
     cli.register(verb, schema)
     overrides = [cli.prepare_override(argument) for argument in cli.one_budget(list(arguments))]
     try:
-        return cli.compose(verb, schema, CONF, overrides)
+        return cli.compose(verb, schema, conf, overrides)
     except UserError:
         raise
     except Exception as error:

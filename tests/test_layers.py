@@ -25,7 +25,7 @@ LAYERS = (
     ("report", "served"),
     ("run", "bodies"),
     ("answers",),
-    ("guard", "openai_api"),
+    ("guard", "openai_api", "playground"),
     ("serve",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,14 @@ TINY = ["model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_siz
 MADE_BY_CI = ("make ", "python3 -m venv", ". .venv", "pip install")  # the set-up: .ci/run does it
 
 
-def readme_commands():
-    """The lines of the README's sh blocks, without their comments."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.splitlines()]
+def commands_of(path):
+    """The lines of a page's sh blocks, without their comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return list(dict.fromkeys(re.sub(r"\s+#.*", "", line) for line in lines))
 
 
-COMMANDS = [line for line in readme_commands() if not line.startswith(MADE_BY_CI)]
+COMMANDS = [line for line in commands_of(ROOT / "README.md") if not line.startswith(MADE_BY_CI)]
 
 
 def shrink(words):
@@ -35,7 +35,7 @@ def shrink(words):
     if words[1] != "train.py" or "--help" in words:
         return words
     steps = "trainer.max_steps=4" if "resume=latest" in words else "trainer.max_steps=2"
-    model = ["data.val_tokens=500"] if {"resume=latest", "init_from=latest"} & set(words) else TINY
+    model = ["data.val_tokens=500"] if {"resume=latest", "init_from=latest", "init_from=hf:my-model"} & set(words) else TINY
     budget = [] if any(word.startswith("trainer.max_epochs") for word in words) else [steps]
     return [*words, *model, *budget, "data.global_batch_size=4" if not {"resume=latest"} & set(words) else "seed=1337"]
 
@@ -53,22 +53,34 @@ def playground(tmp_path_factory):
 
 def run(command, monkeypatch, capsys):
     words = shrink(shlex.split(command))
-    if "trainer=ddp_cpu" in words or "interactive=true" in words:  # other processes, and a prompt: as a user would
-        done = subprocess.run(
-            [sys.executable, str(ROOT / words[1]), *words[2:]], input="The\nquit\n", capture_output=True, text=True
-        )
+    if words[1] == "serve.py":
+        return serve(words)
+    if words[1] == "-m" or "trainer=ddp_cpu" in words or "interactive=true" in words:  # as a user would: a process, a prompt
+        script = [words[1]] if words[1] == "-m" else [str(ROOT / words[1])]
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))  # -m looks there
+        done = subprocess.run([sys.executable, *script, *words[2:]], input="The\nquit\n", capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
-    module = words[2] if words[1] == "-m" else None
-    monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[3 if module else 2 :]])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[2:]])
     code = 0
     try:
-        if module:
-            runpy.run_module(module, run_name="__main__")
-        else:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
     except SystemExit as leaving:
         code = leaving.code or 0
     return code, *capsys.readouterr()
+
+
+def serve(words):
+    """The server is asked for a text, then stopped."""
+    words = [sys.executable, str(ROOT / words[1]), *words[2:], "port=0"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, encoding="utf-8") as server:
+        line = server.stderr.readline()
+        answer = urllib.request.Request(
+            f"{line.rsplit(' ', 1)[1].strip()}/generate/custom", b'{"prompt": "The "}', {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(answer, timeout=60) as text:
+            out = text.read().decode()
+        server.terminate()
+    return 0, out, line
 
 
 @pytest.mark.xdist_group("readme")

@@ -107,7 +107,9 @@ def replacing(out: Path) -> Iterator[Path]:
         swap(folder, out)
     except OSError as error:
         reason = "no room left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise UserError(f"cannot write {out.name}: {reason}", "make room, or name another directory with out=") from error
+        raise UserError(
+            f"out={out.name} cannot be written: {reason}", "make room, or name another directory with out="
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

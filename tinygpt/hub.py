@@ -56,8 +56,9 @@ _LARGEST_TABLE = 2**32  # bytes of the rotations, which no weights vouch for
 def read_layout(config: HubConfig, tensors: Tensors) -> tuple[ModelConfig, int, dict[str, Tensor]]:
     """The shape, the vocabulary's size and the weights, by our names, of a config.json and its tensors.
 
-    Weights are in torch's default dtype; where they were so before, and contiguous, they are the same memory. Raises
-    UserError that names what is not supported, missing, unknown or misshaped; no memory is asked for before.
+    Weights are in torch's default dtype, and where they were so before they are the same memory (GPT-2's matrices as
+    transposed views). Raises UserError that names what is not supported, missing, unknown or misshaped; no memory is asked
+    for before.
     """
     readers = {"gpt2": _read_gpt2, "llama": _read_llama}
     kind = config.get("model_type")
@@ -217,13 +218,9 @@ def _gather(model: GPT, sources: Sources, stored: dict[str, Tensor]) -> dict[str
     _report("are not floating-point numbers", [f"{k} {v.dtype}" for k, v in stored.items() if not v.is_floating_point()])
     dtype = torch.get_default_dtype()
     return {
-        ours: torch.cat([stored[name].to(dtype) for name in theirs]) if len(theirs) > 1 else _plain(stored[theirs[0]], dtype)
+        ours: torch.cat([stored[name].to(dtype) for name in theirs]) if len(theirs) > 1 else stored[theirs[0]].to(dtype)
         for ours, theirs in sources.items()
     }
-
-
-def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype).contiguous()
 
 
 _SAME = "the weights and config.json must come from the same model"

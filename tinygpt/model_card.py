@@ -15,11 +15,11 @@ USE = {
 model = AutoModelForCausalLM.from_pretrained("DIR")
 tokenizer = AutoTokenizer.from_pretrained("DIR")
 ids = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=50, do_sample=True)[0]))""",
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=NEW, do_sample=True)[0]))""",
     "safetensors": """import tinygpt
 
 model, tokenizer = tinygpt.load("DIR")
-print(tinygpt.generate(model, tokenizer, "The", max_new_tokens=50))""",
+print(tinygpt.generate(model, tokenizer, "The", max_new_tokens=NEW))""",
 }
 
 
@@ -33,6 +33,7 @@ def model_card(
 ) -> str:
     """Markdown. `summary` is the run's summary.json or empty; nothing of it that names a place on a machine is used."""
     numbers = measured(summary)
+    use = USE[layout].replace("NEW", str(min(50, model.config.block_size // 2)))  # transformers stops at the context's end
     parts = [
         "---",
         f"library_name: {'transformers' if layout == 'hf' else 'tinygpt'}",
@@ -44,7 +45,7 @@ def model_card(
         "\n## How its training went\n",
         table(numbers) if numbers else "These weights came without the record of a run.",
         "\n## Use\n",
-        f"DIR is this directory.\n\n```python\n{USE[layout]}\n```",
+        f"DIR is this directory.\n\n```python\n{use}\n```",
         *(f"\nNote: {note}." for note in notes),
     ]
     return "\n".join(parts) + "\n"

@@ -103,14 +103,14 @@ class ProgressBar(L.Callback):
 
     def __init__(self, tokens_per_step: int) -> None:
         self.tokens_per_step, self.shown = tokens_per_step, 0.0
-        self.console = Console(stderr=True)
+        self.console, self.live = Console(stderr=True), sys.stderr.isatty()  # FORCE_COLOR makes no terminal of a log
         self.bar: Progress | None = None
         self.last: tuple[float, int] | None = None
         self.rate = ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.last = (time.perf_counter(), trainer.global_step)
-        if not trainer.is_global_zero or not self.console.is_terminal:
+        if not trainer.is_global_zero or not self.live:
             return
         columns = (
             TextColumn("step {task.completed}/{task.total}"),
@@ -143,7 +143,7 @@ class ProgressBar(L.Callback):
             return
         if self.bar is not None:
             self.bar.update(self.task, completed=trainer.global_step, val=self.val(pl_module))
-        elif not self.console.is_terminal:
+        elif not self.live:
             assert isinstance(pl_module, LitGPT)
             train = f"loss {float(pl_module.last_step['train/loss']):.4f}  " if pl_module.last_step else ""
             line = f"step {trainer.global_step}/{trainer.max_steps}  {train}val {self.val(pl_module)}  {self.rate}"

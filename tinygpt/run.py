@@ -220,7 +220,10 @@ def make_model(config: TrainConfig, prepared: Prepared, init: dict[str, Any] | N
     torch.manual_seed(config.seed)
     if init is None:
         return GPT(config.model, prepared.tokenizer.vocab_size)
-    return copy.deepcopy(ckpt.build_model(init))  # in memory of its own, aligned like any other
+    model = copy.deepcopy(ckpt.build_model(init))  # in memory of its own, aligned and laid out like any other
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+    return model
 
 
 # What it will cost

@@ -63,7 +63,18 @@ def make_app(library: Library, config: ServeConfig, api_key: str | None = None) 
 
     app.include_router(openai_routes(library), dependencies=guarded)
     app.include_router(generate_routes(library), dependencies=guarded)
+    if config.playground:
+        add_playground(app, library, config, api_key)
     return app
+
+
+def add_playground(app: FastAPI, library: Library, config: ServeConfig, api_key: str | None) -> None:
+    try:
+        from tinygpt.playground import mount  # gradio takes its time to import
+    except ModuleNotFoundError as error:
+        hint = "pip install -e '.[serve]', or playground=false"
+        raise UserError(f"the playground needs the package {error.name}", hint) from error
+    mount(app, library, config, api_key)
 
 
 def generate_routes(library: Library) -> APIRouter:
