@@ -34,7 +34,7 @@ def shrink(words):
     if words[1] != "train.py" or "--help" in words:
         return words
     steps = "trainer.max_steps=4" if "resume=latest" in words else "trainer.max_steps=2"
-    model = ["data.val_tokens=500"] if {"resume=latest", "init_from=latest"} & set(words) else TINY
+    model = ["data.val_tokens=500"] if {"resume=latest", "init_from=latest", "init_from=hf:my-model"} & set(words) else TINY
     budget = [] if any(word.startswith("trainer.max_epochs") for word in words) else [steps]
     return [*words, *model, *budget, "data.global_batch_size=4" if not {"resume=latest"} & set(words) else "seed=1337"]
 
