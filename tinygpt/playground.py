@@ -58,7 +58,12 @@ def mount(app: FastAPI, library: Library, config: ServeConfig, api_key: str | No
             primary_hue="blue",
             font=["system-ui", "sans-serif"],  # those of the reader's machine: none is loaded
             font_mono=["ui-monospace", "monospace"],
-        ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500"),
+        ).set(  # darker than by default: read on white, and white on them
+            body_text_color_subdued="*neutral_500",
+            block_info_text_color="*neutral_500",
+            button_primary_background_fill="*primary_600",
+            button_primary_background_fill_hover="*primary_700",
+        ),
         footer_links=[],
         run_history=False,
         show_error=False,
