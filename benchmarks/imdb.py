@@ -23,6 +23,7 @@ from common import ROOT, machine, write_result
 
 RECIPES = ("imdb_reference_small", "imdb_small")
 PROBE = 0.05  # of the time: how long the speed is measured
+lane: ContextVar[int | None] = ContextVar("lane", default=None)  # the core that a recipe has to itself
 
 
 def script(verb: str, *overrides: str) -> str:
