@@ -504,6 +504,28 @@ def test_what_weights_lack_is_said_in_one_line(home, verb, arguments, words):
     assert not (home / "outputs").exists()
 
 
+def test_the_experiment_fine_tunes_whatever_has_gpt2_s_layout(shared_data, tmp_path):
+    """The recipe for the pretrained GPT-2, on random weights with GPT-2's vocabulary, in an old file."""
+    cache, model = shared_data / "tiktoken_cache", tmp_path / "model"
+    reference = hf_gpt2(vocab_size=50257, n_layer=1)
+    tensors = {k.removeprefix("transformer."): v for k, v in reference.state_dict().items() if k != "lm_head.weight"}
+    reference.config.save_pretrained(model)
+    torch.save({**tensors, "h.0.attn.bias": torch.ones(1, 1, 16, 16).tril()}, model / "pytorch_model.bin")
+    shutil.copy(cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", model / "vocab.json")
+    shutil.copy(cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", model / "merges.txt")
+    small = ("trainer.max_steps=2", "trainer.val_check_interval=1", "data.val_tokens=200", "optimizer.lr=0.01")
+    more = ("data.global_batch_size=4", "callbacks.samples=null", f"hydra.run.dir={tmp_path}/run")
+    recipe = ("experiment=finetune_gpt2_shakespeare", "init_from=hf:model")
+    done = run_inside("train", *recipe, *small, *more, f"data_dir={shared_data}", "cache_dir=cache", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["best_step"], summary["corpus"]["name"]) == (2, "shakespeare")
+    tuned, tokenizer = ckpt.load(tmp_path / "run")
+    assert tokenizer.kind == "gpt2"
+    assert tuned.config.block_size == 16  # the weights' own: the recipe's is larger
+    assert not torch.equal(tuned.wte.weight, reference.transformer.wte.weight)
+
+
 def test_fine_tuning_starts_from_the_weights_cropped_and_with_their_tokenizer(home, learned, tmp_path):
     still = ("optimizer.lr=1e-12", "trainer.max_steps=1", "data.global_batch_size=4", f"hydra.run.dir={tmp_path}/run")
     done = run_inside("train", "init_from=hf:model", "model.block_size=8", "model.dropout=0.1", *TEXT, *still, cwd=home)
