@@ -110,10 +110,11 @@ class Settings(NamedTuple):
 
 def seed_of(text: str) -> int:
     """The seed as it was typed; any where none was: it is shown with the text, which can so be had again."""
-    if not text.strip():
+    text = text.strip()
+    if not text:
         return secrets.randbelow(10**6)
-    if not (text.strip().isdecimal() and (seed := int(text[:40])) < 2**63):
-        raise UserError(f"the seed {text[:40]!r} is not a whole number from 0 to 2⁶³ - 1", "leave it empty for any")
+    if not (text.isdecimal() and len(text) < 20 and (seed := int(text)) < 2**63):
+        raise UserError(f"the seed {text[:30]!r} is not a whole number from 0 to 2⁶³ - 1", "leave it empty for any")
     return seed
 
 
@@ -156,7 +157,7 @@ class Draft:
 
 
 def line(**values: Any) -> str:
-    return json.dumps(values, ensure_ascii=False) + "\n"
+    return json.dumps(values) + "\n"
 
 
 async def compose(library: Library, controls: Sequence[Any], draft: Draft) -> None:
