@@ -154,6 +154,14 @@ def test_settings_take_effect_and_a_seed_repeats_the_text(page, tiny_run):
     expect(page.locator("#view .status")).to_have_text(re.compile(r"3 tokens in .* s, seed \d+$"))
 
 
+def test_examples_are_prompts_that_the_model_knows(page, server):
+    examples = page.locator("#examples button.gallery-item")
+    expect(examples).to_have_text(["The "])  # its text has a T, but neither the O of "Once" nor the I of "It"
+    choose(page, prompt="a")
+    examples.click()
+    expect(page.get_by_label("Prompt")).to_have_value("The ")
+
+
 def test_tokens_are_coloured_by_probability_with_alternatives_on_hover(page):
     written(page, prompt="the cat", Maximum_length=30, seed=1, Temperature=1.5)
     tokens = page.locator("#view .token")
@@ -202,6 +210,10 @@ def test_what_is_wrong_is_said_and_the_page_stays_usable(page, engine, monkeypat
     told(page, "the seed '-1' is not a whole number")
     press_write(page, prompt="the" * 200, seed=1)
     told(page, "the prompt has 600 tokens, and this server takes 500")
+    page.get_by_label("Prompt").press("Control+a")
+    page.keyboard.insert_text("the" * 700_000)  # more than a request may hold
+    press_write(page)
+    told(page, "the prompt has 174592 tokens")
     with monkeypatch.context() as patch:
         patch.setattr(engine, "submit", lambda *_: (_ for _ in ()).throw(Full(3)))
         press_write(page, prompt="the")

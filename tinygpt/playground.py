@@ -40,7 +40,7 @@ BANDS = (0.8, 0.5, 0.2, 0.05)  # a token is in band 0 with a probability of 0.8 
 # What the page needs, and so what is passed to Gradio: no uploads, no files, no second API beside the documented one.
 PATHS = re.compile(
     r"/|/(assets|static|svelte)/.+|/(config|theme\.css|favicon\.ico|manifest\.json|login|logout)"
-    r"|/gradio_api/(queue/(join|data)|run/predict|heartbeat/\w+|startup-events|login_check|info)/?"
+    r"|/gradio_api/(queue/(join|data)|run/predict|heartbeat/\w+|app_id|startup-events|login_check|info)/?"
 )
 
 
@@ -110,10 +110,11 @@ class Settings(NamedTuple):
 
 def seed_of(text: str) -> int:
     """The seed as it was typed; any where none was: it is shown with the text, which can so be had again."""
-    if not text.strip():
+    text = text.strip()
+    if not text:
         return secrets.randbelow(10**6)
-    if not (text.strip().isdecimal() and (seed := int(text[:40])) < 2**63):
-        raise UserError(f"the seed {text[:40]!r} is not a whole number from 0 to 2⁶³ - 1", "leave it empty for any")
+    if not (text.isdecimal() and len(text) < 20 and (seed := int(text)) < 2**63):
+        raise UserError(f"the seed {text[:30]!r} is not a whole number from 0 to 2⁶³ - 1", "leave it empty for any")
     return seed
 
 
@@ -156,7 +157,7 @@ class Draft:
 
 
 def line(**values: Any) -> str:
-    return json.dumps(values, ensure_ascii=False) + "\n"
+    return json.dumps(values) + "\n"
 
 
 async def compose(library: Library, controls: Sequence[Any], draft: Draft) -> None:
@@ -227,7 +228,12 @@ def layout(library: Library, config: ServeConfig, write: Callable[..., Any], sto
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
                 prompt = gr.Textbox(
-                    examples[0] if examples else "", label="Prompt", lines=3, max_lines=12, info="Shift + Enter writes"
+                    examples[0] if examples else "",
+                    label="Prompt",
+                    info="Shift + Enter writes",
+                    lines=3,
+                    max_lines=12,
+                    max_length=max(1, (config.max_body_bytes - 1024) // 6),  # a character takes up to 6 bytes as JSON
                 )
                 if examples:
                     gr.Examples([[example] for example in examples], [prompt], label="Or begin with", elem_id="examples")
