@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 
+import imdb
 import reference
 import results
 import shapes
@@ -27,6 +28,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "sample": results.sample,
     "serving": results.serving,
     "letters": shapes.letters,
+    "imdb-prepared": imdb.prepared,
+    "imdb-vocabulary": imdb.vocabulary,
+    "imdb-padding": imdb.padding,
+    "imdb-race": imdb.race,
     "shapes": shapes.steps,
     "parameters": shapes.parameters,
 }

@@ -77,7 +77,7 @@ def watch(config: ModelConfig, vocab_size: int, batch: int) -> dict[str, Shape]:
         module.register_forward_pre_hook(note_input(seen, name))
     with Heads() as heads:
         logits = model(idx)
-    return {**seen, **heads.seen, "loss": tuple(cross_entropy(logits, idx).shape)}
+    return {**seen, **heads.seen, "loss": tuple(cross_entropy(logits, idx, reduction="mean").shape)}
 
 
 def note_output(seen: dict[str, Shape], name: str) -> Callable[[nn.Module, Any, Tensor], None]:

@@ -71,9 +71,9 @@ def test_no_page_asks_another_machine_for_anything(site):
 
 @pytest.mark.parametrize("picture", sorted(DOCS.rglob("*.png")), ids=lambda path: path.stem)
 def test_pictures_are_small_and_shown(picture):
-    assert picture.stat().st_size < 150_000
+    assert picture.stat().st_size < (150_000 if picture.parent.name == "figures" else 1_000_000)
     name = picture.relative_to(DOCS).as_posix()
-    assert any(f"]({name})" in page.read_text(encoding="utf-8") for page in PAGES), f"no page shows {name}"
+    assert any(name in page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "README.md"]), f"no page shows {name}"
 
 
 # What is generated
@@ -194,9 +194,9 @@ def test_the_recipe_of_one_s_own_composes(tmp_path):
 
 
 def named_keys():
-    """Keys in backticks, anywhere in the docs: `model.n_layer`, `data.path=my.txt`; whole commands among them."""
-    for page in PAGES:
-        for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+    """Keys in backticks, anywhere in our pages: `model.n_layer`, `data.path=my.txt`; whole commands among them."""
+    for name in OURS:
+        for code in re.findall(r"`([^`\n]+)`", (DOCS / f"{name}.md").read_text(encoding="utf-8")):
             yield from re.findall(
                 r"(?<![\w./+-])((?:model|data|optimizer)\.[a-z_]+(?:\.[a-z_]+)?)(?![\w/(]|\.\w|\.\*)", code
             )

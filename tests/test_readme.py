@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,8 @@ def playground(tmp_path_factory):
 
 def run(command, monkeypatch, capsys):
     words = shrink(shlex.split(command))
+    if words[1] == "serve.py":
+        return serve(words)
     if words[1] == "-m" or "trainer=ddp_cpu" in words or "interactive=true" in words:  # as a user would: a process, a prompt
         script = [words[1]] if words[1] == "-m" else [str(ROOT / words[1])]
         monkeypatch.setenv("PYTHONPATH", str(ROOT))  # -m looks there
@@ -64,6 +67,20 @@ def run(command, monkeypatch, capsys):
     except SystemExit as leaving:
         code = leaving.code or 0
     return code, *capsys.readouterr()
+
+
+def serve(words):
+    """The server is asked for a text, then stopped."""
+    words = [sys.executable, str(ROOT / words[1]), *words[2:], "port=0"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, encoding="utf-8") as server:
+        line = server.stderr.readline()
+        answer = urllib.request.Request(
+            f"{line.rsplit(' ', 1)[1].strip()}/generate/custom", b'{"prompt": "The "}', {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(answer, timeout=60) as text:
+            out = text.read().decode()
+        server.terminate()
+    return 0, out, line
 
 
 @pytest.mark.xdist_group("readme")

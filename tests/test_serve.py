@@ -28,9 +28,9 @@ BLOCK = 16
 
 
 @contextlib.contextmanager
-def serving(run, *, gpt2=None, limits=None, api_key=None, **config):
+def serving(run, *, gpt2=None, limits=None, api_key=None, playground=False, **config):
     """(address, library) of a server in this process."""
-    settings = ServeConfig(ckpt=str(run), playground=False, **config)
+    settings = ServeConfig(ckpt=str(run), playground=playground, **config)
     library = Library(limits or Limits(max_prompt_tokens=500, max_new_tokens=2000, max_waiting=64), "cpu")
     library.add("custom", str(run))
     if gpt2:

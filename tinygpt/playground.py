@@ -1,11 +1,10 @@
 """The playground: a page at / (Gradio) on which the models of a Library write, their tokens coloured by probability.
 
-No request of the page leaves the machine. What a model writes may hold anything: it is escaped here, token by token, and
-the page's own script (playground.js) only ever adds text.
+No request of the page leaves the machine. What a model writes may hold anything: it is sent as data, and playground.js
+draws it as text, never as markup.
 """
 
 import asyncio
-import html
 import json
 import math
 import os
@@ -16,9 +15,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: it is never to call home
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: it is never to call home,
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"  # nor to sum up after each event what nobody looks at
 
 import gradio as gr
 from fastapi import FastAPI
@@ -28,17 +28,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tinygpt.answers import told
 from tinygpt.config import ServeConfig, UserError
 from tinygpt.generate import Sampling
-from tinygpt.served import TOP_LOGPROBS, Ask, Library, Piece, Served, TokenInfo
+from tinygpt.served import TOP_LOGPROBS, Ask, Library, Piece, Served
 from tinygpt.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 LONGEST, MOST_TEXTS = 2000, 8  # what the sliders end at, where the server's own limits are higher
 SHOWN_OF_PROMPT = 400  # characters of the prompt before each text
+HEADER = '<h1>tinygpt</h1><p>Give the model a beginning, and it writes on. <a href="docs">HTTP API</a></p>'
+PAUSE = 0.1  # seconds between two updates of the page
 BANDS = (0.8, 0.5, 0.2, 0.05)  # a token is in band 0 with a probability of 0.8 or more, ..., in band 4 below 0.05
 # What the page needs, and so what is passed to Gradio: no uploads, no files, no second API beside the documented one.
 PATHS = re.compile(
     r"/|/(assets|static|svelte)/.+|/(config|theme\.css|favicon\.ico|manifest\.json|login|logout)"
-    r"|/gradio_api/(queue/(join|data)|cancel|reset|heartbeat/\w+|startup-events|login_check|info)/?"
+    r"|/gradio_api/(queue/(join|data)|run/predict|heartbeat/\w+|startup-events|login_check|info)/?"
 )
 
 
@@ -56,7 +58,12 @@ def mount(app: FastAPI, library: Library, config: ServeConfig, api_key: str | No
             primary_hue="blue",
             font=["system-ui", "sans-serif"],  # those of the reader's machine: none is loaded
             font_mono=["ui-monospace", "monospace"],
-        ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500"),
+        ).set(  # darker than by default: read on white, and white on them
+            body_text_color_subdued="*neutral_500",
+            block_info_text_color="*neutral_500",
+            button_primary_background_fill="*primary_600",
+            button_primary_background_fill_hover="*primary_700",
+        ),
         footer_links=[],
         run_history=False,
         show_error=False,
@@ -79,62 +86,95 @@ def only(paths: re.Pattern[str], page: ASGIApp, otherwise: ASGIApp) -> ASGIApp:
     return choose
 
 
-class Draft:
-    """What the page shows of the texts asked for by one press of the button, as it grows."""
+class Settings(NamedTuple):
+    """The page's controls, in their order. Those that are emptied are None, but for the seed's text."""
 
-    def __init__(self, prompt: str, count: int) -> None:
-        shown = prompt if len(prompt) <= SHOWN_OF_PROMPT else "…" + prompt[-SHOWN_OF_PROMPT:]
-        self.texts = [f'<span class="prompt">{html.escape(shown)}</span>'] * count
+    prompt: str
+    model: str
+    length: int
+    outputs: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: str
+
+    def asks(self) -> list[Ask]:
+        """The texts to write, each with a seed of its own. Raises UserError for what is not given, or outside its limits."""
+        if empty := [name for name, value in self._asdict().items() if value is None]:
+            raise UserError(f"{empty[0].replace('_', '-')} has no value", "set it")
+        sampling = Sampling(self.temperature, self.top_k or None, self.top_p if self.top_p < 1 else None)
+        first = seed_of(self.seed)
+        seeds = [(first + number) % 2**63 for number in range(self.outputs)]
+        return [Ask(self.prompt, self.length, sampling, seed=seed, top_logprobs=TOP_LOGPROBS) for seed in seeds]
+
+
+def seed_of(text: str) -> int:
+    """The seed as it was typed; any where none was: it is shown with the text, which can so be had again."""
+    if not text.strip():
+        return secrets.randbelow(10**6)
+    if not (text.strip().isdecimal() and (seed := int(text[:40])) < 2**63):
+        raise UserError(f"the seed {text[:40]!r} is not a whole number from 0 to 2⁶³ - 1", "leave it empty for any")
+    return seed
+
+
+class Draft:
+    """What the page shows of the texts asked for by one press of the button, as it grows.
+
+    Each text is lines of JSON, which playground.js draws: the prompt, then tokens, at last why it ended. Lines are only ever
+    added, so that Gradio sends no more than what is new.
+    """
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
         self.tokens, self.state, self.status = 0, "busy", ""
         self.began = time.monotonic()
 
+    def begin(self, prompt: str, outputs: int) -> None:
+        shown = prompt if len(prompt) <= SHOWN_OF_PROMPT else "…" + prompt[-SHOWN_OF_PROMPT:]
+        self.texts = [line(prompt=shown)] * outputs
+        self.began = time.monotonic()
+
     def add(self, number: int, piece: Piece) -> None:
-        self.texts[number] += "".join(token_html(piece.text, token) for token in piece.tokens)
+        for token in piece.tokens:
+            top = [[text, round(math.exp(logprob), 4)] for text, logprob in token.top]
+            self.texts[number] += line(text=piece.text, token=token.text, p=round(token.probability, 4), top=top)
         self.tokens += len(piece.tokens)
-        if not piece.tokens:
-            self.texts[number] += html.escape(piece.text)
         if piece.finish_reason:
-            self.texts[number] += f'<span class="end {piece.finish_reason}"></span>'
+            self.texts[number] += line(text=piece.text, end=piece.finish_reason)
 
     def say(self, status: str, state: str = "busy") -> None:
         self.status, self.state = status, state
 
     def summary(self) -> str:
         texts = f"{len(self.texts)} texts, " if len(self.texts) > 1 else ""
-        return f"{texts}{self.tokens} tokens in {time.monotonic() - self.began:.1f} s"
-
-    @property
-    def pause(self) -> float:
-        """Seconds between two updates of the page: more for longer texts, which take the browser longer to lay out."""
-        return min(1.0, 0.08 + self.tokens / 20_000)
+        tokens = f"{self.tokens} token" + "s" * (self.tokens != 1)
+        return f"{texts}{tokens} in {time.monotonic() - self.began:.1f} s"
 
     def view(self) -> dict[str, Any]:
-        """The value of the page's view. Texts only ever grow, so that Gradio sends no more than what is new."""
-        return {"state": self.state, "status": html.escape(self.status), "texts": list(self.texts)}
+        """The value of the page's view."""
+        return {"state": self.state, "status": self.status, "texts": list(self.texts)}
 
 
-def token_html(text: str, token: TokenInfo) -> str:
-    """The characters `text` that came with a token, with what playground.js shows when they are pointed at."""
-    band = sum(token.probability < least for least in BANDS)
-    top = [[shown, round(math.exp(logprob), 4)] for shown, logprob in token.top]
-    about = html.escape(json.dumps([token.text, round(token.probability, 4), top], ensure_ascii=False))
-    kind = " newline" if text == "\n" else ""
-    return f'<span class="token p{band}{kind}" data-token="{about}">{html.escape(text)}</span>'
+def line(**values: Any) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-async def compose(library: Library, name: str, asks: Sequence[Ask], draft: Draft) -> None:
+async def compose(library: Library, controls: Sequence[Any], draft: Draft) -> None:
     """Write all the texts into `draft`; what goes wrong is its status. To cancel this frees their places."""
     try:
-        if name not in [served.name for served in library.ready]:
-            draft.say(f"Loading {name} …")
-        served = await asyncio.to_thread(library.get, name)
-        draft.began = time.monotonic()
+        settings = Settings(*controls)
+        asks = settings.asks()
+        if settings.model not in [served.name for served in library.ready]:
+            draft.say(f"Loading {settings.model} …")
+        served = await asyncio.to_thread(library.get, settings.model)
         async with await served.begin(asks) as writing:
+            draft.begin(settings.prompt, settings.outputs)
             draft.say("Waiting for a place …" if served.engine.active >= served.engine.max_batch else "Writing …")
             async for number, piece in writing:
                 draft.add(number, piece)
                 draft.say("Writing …")
-        draft.say(draft.summary() + cropped(served, writing.prompt_tokens[0]), "done")
+        told_of = cropped(served, writing.prompt_tokens[0])
+        draft.say(f"{draft.summary()}, seed {asks[0].seed}{told_of}", "done")
     except Exception as error:
         status, body = told(error)
         if status >= 500:
@@ -147,44 +187,18 @@ def cropped(served: Served, prompt_tokens: int) -> str:
     return f". Of the prompt's {prompt_tokens} tokens the model read the last {seen}" if prompt_tokens > seen else ""
 
 
-def asks_of(prompt: str, length: int, count: int, sampling: Sampling, seed: float | None) -> list[Ask]:
-    """The texts to write. Each has a seed of its own, and equal settings give equal texts."""
-    if seed is not None and not (0 <= seed <= 2**53 and seed == int(seed)):  # a browser's numbers are exact up to there
-        raise UserError(
-            f"the seed {seed:g} is not a whole number from 0 to 2⁵³", "leave it empty for another text each time"
-        )
-    seeds = [None if seed is None else int(seed) + number for number in range(count)]
-    return [Ask(prompt, length, sampling, seed=each, top_logprobs=TOP_LOGPROBS) for each in seeds]
-
-
 def make_page(library: Library, config: ServeConfig) -> gr.Blocks:
     """The page and what its buttons do."""
     running: dict[str, asyncio.Task[None]] = {}  # by the page's session: each page that is open has its own
 
-    async def write(
-        prompt: str,
-        model: str,
-        length: int,
-        count: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: float | None,
-        request: gr.Request,
-    ) -> AsyncIterator[tuple[dict[str, Any], Any, Any]]:
-        draft, session = Draft(prompt, count), str(request.session_hash)
-        try:
-            asks = asks_of(prompt, length, count, Sampling(temperature, top_k or None, top_p if top_p < 1 else None), seed)
-        except UserError as error:
-            draft.say(told(error)[1]["error"]["message"], "error")
-            yield draft.view(), *buttons(busy=False)
-            return
-        stop(request)
-        running[session] = work = asyncio.create_task(compose(library, model, asks, draft))
+    async def write(request: gr.Request, *controls: Any) -> AsyncIterator[tuple[Any, ...]]:
+        await stop(request)
+        draft, session = Draft(), str(request.session_hash)
+        running[session] = work = asyncio.create_task(compose(library, controls, draft))
         try:
             while not work.done():
                 yield draft.view(), *buttons(busy=True)
-                await asyncio.wait([work], timeout=draft.pause)
+                await asyncio.wait([work], timeout=PAUSE)
             if work.cancelled():
                 draft.say(f"Stopped: {draft.summary()}", "done")
             yield draft.view(), *buttons(busy=False)
@@ -193,7 +207,7 @@ def make_page(library: Library, config: ServeConfig) -> gr.Blocks:
             if running.get(session) is work:
                 del running[session]
 
-    def stop(request: gr.Request) -> None:
+    async def stop(request: gr.Request) -> None:
         if work := running.get(str(request.session_hash)):
             work.cancel()
 
@@ -209,10 +223,7 @@ def layout(library: Library, config: ServeConfig, write: Callable[..., Any], sto
     longest = min(LONGEST, config.max_new_tokens)
     page = gr.Blocks(title="tinygpt", analytics_enabled=False)
     with page:
-        gr.HTML(
-            '<h1>tinygpt</h1><p>Give the model a beginning, and it writes on. <a href="docs">HTTP API</a></p>',
-            elem_id="header",
-        )
+        gr.HTML(HEADER, elem_id="header")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
                 prompt = gr.Textbox(
@@ -223,13 +234,16 @@ def layout(library: Library, config: ServeConfig, write: Callable[..., Any], sto
                 with gr.Row(elem_id="buttons"):
                     start = gr.Button("Write", variant="primary", elem_id="write")
                     halt = gr.Button("Stop", interactive=False, elem_id="stop")
-                    gr.Checkbox(True, label="Colour tokens by probability", container=False, elem_id="colours")
+                    gr.Checkbox(
+                        True, label="Colour tokens by probability", elem_id="colours", container=False, interactive=True
+                    )
                 gr.HTML(legend(), elem_id="legend")
                 view = gr.HTML(
                     {"state": "empty", "status": "What the model writes appears here.", "texts": []},
-                    html_template=VIEW,
+                    html_template='<p role="status"></p><div class="texts"></div>',
                     js_on_load=(HERE / "playground.js").read_text(encoding="utf-8"),
                     apply_default_css=False,
+                    bands=BANDS,
                     elem_id="view",
                 )
             with gr.Column(scale=2, min_width=280, elem_id="settings"):
@@ -240,24 +254,18 @@ def layout(library: Library, config: ServeConfig, write: Callable[..., Any], sto
                     slider(0, 2, 0.8, 0.05, "Temperature", "0: the likeliest"),
                     slider(0, 200, 0, 1, "Top-k", "0: off"),
                     slider(0.01, 1, 1, 0.01, "Top-p", "1: off"),
-                    gr.Number(None, label="Seed", placeholder="a new one each time", buttons=[]),
+                    gr.Textbox(label="Seed", placeholder="any", max_lines=1),
                 ]
         event = {"queue": True, "show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
         gr.on([start.click, prompt.submit], write, [prompt, *settings], [view, start, halt], trigger_mode="once", **event)
         halt.click(stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
-        page.unload(stop)
+    page.max_threads = config.max_batch + config.max_waiting  # who waits does so in the engine's queue, and is told
     page.queue(max_size=config.max_waiting)
     return page
 
 
 def slider(least: float, most: float, value: float, step: float, label: str, info: str | None = None) -> gr.Slider:
     return gr.Slider(least, most, value, step=step, label=label, info=info, buttons=[])
-
-
-HEADER = '<h1>tinygpt</h1><p>Give the model a beginning, and it writes on. <a href="docs">HTTP API</a></p>'
-# JavaScript, not Handlebars, whose results Gradio evaluates once more: no `{{ }}` may ever be in this.
-VIEW = """<p class="status ${value.state}" role="status">${value.status}</p>
-<div class="texts">${value.texts.map(text => '<article class="text">' + text + '</article>').join('')}</div>"""
 
 
 def legend() -> str:
