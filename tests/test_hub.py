@@ -328,14 +328,7 @@ def with_a_word(spec):
     spec["added_tokens"] = [word | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)]
 
 
-def with_a_word(spec):
-    word = {"id": 300, "content": "hen", "special": False}
-    spec["added_tokens"] = [word | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)]
-
-
 OTHERS = {
-    "a word added": edited(with_a_word),
-    "merges left to chance": edited(lambda spec: spec["model"].update(dropout=0.9)),
     "a word added": edited(with_a_word),
     "merges left to chance": edited(lambda spec: spec["model"].update(dropout=0.9)),
     "special tokens in front": edited(in_front),
