@@ -35,9 +35,9 @@ def script(verb: str, *overrides: str) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, **options).stdout
 
 
-def train(name: str, steps: int, seed: int, run: Path) -> dict[str, Any]:
+def train(name: str, steps: int, seed: int, run: Path, val_tokens: int = 20_000, validations: int = 5) -> dict[str, Any]:
     """The run's summary, with the seconds that its steps took."""
-    few = ("data.val_tokens=20000", f"trainer.val_check_interval={max(1, steps // 5)}")
+    few = (f"data.val_tokens={val_tokens}", f"trainer.val_check_interval={max(1, steps // validations)}")
     script("train", f"experiment={name}", f"trainer.max_steps={steps}", f"seed={seed}", f"hydra.run.dir={run}", *few)
     summary = json.loads((run / "summary.json").read_text())
     return {**summary, "training_seconds": summary["tokens"] / summary["tokens_per_second"]}
@@ -47,7 +47,7 @@ def steps_for(name: str, seconds: float, folder: Path) -> int:
     """How many steps fill the time; measured twice, the second time for as long as PROBE says."""
     steps = 3
     for turn in range(2):
-        run = train(name, steps, 0, folder / f"{name}-probe-{turn}")
+        run = train(name, steps, 0, folder / f"{name}-probe-{turn}", val_tokens=1000, validations=1)
         per_step = run["training_seconds"] / run["steps"]
         steps = max(3, round(seconds * (PROBE if turn == 0 else 1) / per_step))
     return steps

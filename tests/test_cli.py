@@ -497,7 +497,7 @@ def test_sample_refuses(argument, words, ckpt, empty):
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("split=test", "split=test"),
+        ("split=dev", "split=dev"),
         ("batch_size=0", "batch_size=0"),
         ("data.path=x", "data=text"),
         ("data/tokenizer=char", "data=text"),
