@@ -323,7 +323,14 @@ def swapped(spec):
     spec["model"]["merges"][3:5] = spec["model"]["merges"][4:2:-1]
 
 
+def with_a_word(spec):
+    word = {"id": 300, "content": "hen", "special": False}
+    spec["added_tokens"] = [word | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)]
+
+
 OTHERS = {
+    "a word added": edited(with_a_word),
+    "merges left to chance": edited(lambda spec: spec["model"].update(dropout=0.9)),
     "special tokens in front": edited(in_front),
     "lower case": edited(lambda spec: spec.update(normalizer={"type": "Lowercase"})),
     "a space in front": edited(lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True)),

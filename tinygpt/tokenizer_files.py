@@ -204,7 +204,8 @@ def _open_library(folder: Path) -> "Library | None":
 def _from_library(spec: dict[str, Any], vocab_size: int) -> MergedBytes | None:
     """A byte-level BPE whose ids are the order of its merges; None for another kind."""
     model, pattern = spec["model"], _pattern(spec["pre_tokenizer"])
-    if model["type"] != "BPE" or spec["normalizer"] or pattern is None:
+    ordinary = [added for added in spec["added_tokens"] if not added["special"]]  # words that are found before any cutting
+    if model["type"] != "BPE" or spec["normalizer"] or pattern is None or ordinary:
         return None
     byte_of = bytes_by_character()
     results = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
