@@ -556,6 +556,20 @@ def test_the_script_serves_until_it_is_told_to_stop(tiny_home, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.ckpt", "b.ckpt"} - {"a.ckpt"}  # no folder is left
 
 
+def test_a_text_that_is_written_when_the_server_stops_ends_with_a_word_of_it(tiny_home):
+    """After a few seconds of grace; and nothing is said on the terminal but what was said at the start."""
+    with script("max_new_tokens=1000000", cwd=tiny_home) as (process, address):
+        body = {"prompt": "the", "max_length": 1_000_000}
+        with httpx.stream("POST", f"{address}/generate_stream", json=body, timeout=60) as stream:
+            lines = (line for line in stream.iter_lines() if line)
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            *_, last = lines
+        assert "going down" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert process.wait(timeout=20) == -signal.SIGTERM
+        assert "Traceback" not in process.stderr.read()
+
+
 def test_what_cannot_be_served_is_one_line(tiny_home, tmp_path):
     with listening("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]

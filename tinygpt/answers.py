@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from tinygpt.bodies import ErrorResponse
 from tinygpt.config import UserError
 from tinygpt.engine import Full
-from tinygpt.served import Piece, TokenInfo, UnknownModel, Writing
+from tinygpt.served import Closing, Piece, TokenInfo, UnknownModel, Writing
 
 INVALID = "invalid_request_error"
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -112,6 +112,8 @@ def told(error: Exception) -> tuple[int, dict[str, Any]]:
         return 429, error_body("too many texts are waiting: try again later", "rate_limit_error", None, "queue_full")
     if isinstance(error, UnknownModel):
         return 404, error_body(f"{error}; {error.hint}", INVALID, "model", "model_not_found")
+    if isinstance(error, Closing):
+        return 503, error_body(str(error), "server_error")
     if isinstance(error, UserError):
         return 422, error_body(f"{error}; {error.hint}" if error.hint else str(error), INVALID)
     return 500, error_body("the server failed at this request; its log says more", "server_error")

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+import time
 import webbrowser
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -30,6 +31,8 @@ from tinygpt.config import ServeConfig, UserError
 from tinygpt.guard import Key, Limited, Meters, exposition
 from tinygpt.openai_api import openai_routes
 from tinygpt.served import Library, Limits, Served, Writing
+
+GRACE = 5  # seconds
 
 
 def make_app(library: Library, config: ServeConfig, api_key: str | None = None) -> FastAPI:
@@ -132,13 +135,31 @@ def serve(config: ServeConfig) -> None:
             library.add("gpt2", config.gpt2, later=True)
         app = make_app(library, config, config.api_key or os.environ.get("TINYGPT_API_KEY"))
         host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
         print(f"serving {', '.join(library.names)} at http://{host}:{port}", file=sys.stderr, flush=True)
         if config.browser:
             Thread(target=open_browser, args=(f"http://{host}:{port}",), daemon=True).start()  # it waits for the server
         settings = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
+            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2 * GRACE
         )
-        uvicorn.Server(settings).run(sockets=[listener])
+        Server(settings, library).run(sockets=[listener])
+
+
+class Server(uvicorn.Server):
+    """When it is told to stop, what is being written has GRACE seconds to end; then its clients hear of it."""
+
+    def __init__(self, settings: uvicorn.Config, library: Library) -> None:
+        super().__init__(settings)
+        self.library = library
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.gather(super().shutdown(sockets), self.close_library())
+
+    async def close_library(self) -> None:
+        end = time.monotonic() + GRACE
+        while time.monotonic() < end and any(served.engine.active or served.engine.waiting for served in self.library.ready):
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(self.library.close)
 
 
 def open_browser(url: str) -> None:

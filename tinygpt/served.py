@@ -30,6 +30,10 @@ class UnknownModel(UserError):
     """No model of this name is served, or it could not be loaded."""
 
 
+class Closing(UserError):
+    """The server is going down."""
+
+
 class TooLong(UserError):
     """A prompt or a text above the server's limits."""
 
@@ -186,7 +190,7 @@ class Writing:
             if event.error is not None:
                 raise event.error
             if event.reason == "cancelled":
-                raise UserError("the server is going down", "try again in a while")
+                raise Closing("the server is going down", "try again in a while")
             return Piece(text.finish(), (), event.reason)
         self.completion_tokens += 1
         info = self._served.info(event, self._last[number])
