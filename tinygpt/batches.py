@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORED = -1  # a target that no token fills: the padding of the last validation window
+IGNORED = -1  # a target that no token fills: padding
 VALIDATION_LOGITS = 2**24  # logits per validation batch: 64 MiB in float32
 
 Integers = NDArray[np.int64]
@@ -21,7 +21,7 @@ Words = NDArray[np.uint64]
 
 
 class TokenSource(Protocol):
-    """A split's tokens; `shards.Tokens` is one."""
+    """A split's tokens; `tokens.Tokens` is one."""
 
     @property
     def documents(self) -> Integers | None:
