@@ -43,7 +43,10 @@ def race() -> str:
         losses = (f"{run[way]['loss']:.3f}, {run[way]['accuracy']:.2%}" for way in ("windows", "openings"))
         rows.append((f"`{name}`", *counts, *losses))
     head = ("loss and accuracy", "parameters", "steps", "tokens", "seconds", "all windows", "first 64 words of each review")
-    return f"{table(head, rows)}\n\nSeed {result['seed']}. {source('imdb')}"
+    how = "both at once, each on a core of its own" if result["together"] else "one after the other"
+    first = next(iter(result["runs"].values()))
+    seen = f"{first['windows']['tokens']:,} tokens in windows, {first['openings']['tokens']:,} in openings"
+    return f"{table(head, rows)}\n\nSeed {result['seed']}, {how}; validated on {seen}. {source('imdb')}"
 
 
 def source(name: str) -> str:

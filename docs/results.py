@@ -11,6 +11,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SAMPLED = "shakespeare_char_cpu/seed-1"
+MEASURED = ("nanogpt_parity", "overhead", "serving", "soak")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def ranged(spread: dict[str, float], digits: int) -> str:
 
 def measured() -> str:
     """Every benchmark that compares us with a peer, or with our own forecast."""
-    parity, overhead = read("nanogpt_parity"), read("overhead")
+    parity, overhead, crowd, soak = (read(name) for name in MEASURED)
     seeds = ", ".join(str(row["seed"]) for row in parity["rows"])
     by_parity, by_overhead = "`nanogpt_parity.py`", "`overhead.py`"
     extra = overhead["extra_megabytes"]
@@ -59,13 +60,23 @@ def measured() -> str:
             by_overhead,
         ),
         ("forecast over measured memory", ranged(overhead["forecast_over_measured_memory"], 2), by_overhead),
+        (
+            "tokens/s of 32 clients of the server over one client, gpt2_small",
+            ranged(crowd["clients"]["32"]["ratio_to_one_client"], 1),
+            "`serving.py`",
+        ),
+        (
+            f"the server's memory, {soak['minutes']:.0f} minutes of mixed traffic: after a tenth of them, and at the end",
+            f"{soak['megabytes_after_warm_up']:.0f} MB, {soak['megabytes_at_the_end']:.0f} MB",
+            "`soak.py`",
+        ),
     ]
     return table(("what", "measured", "script"), rows)
 
 
 def measured_on() -> str:
     """The machines behind `measured`."""
-    return "\n".join(f"- `{name}.json`: {place(read(name))}" for name in ("nanogpt_parity", "overhead"))
+    return "\n".join(f"- `{name}.json`: {place(read(name))}" for name in MEASURED)
 
 
 def place(result: dict[str, Any]) -> str:
