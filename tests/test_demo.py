@@ -87,7 +87,12 @@ def test_the_browser_is_opened_at_the_address(tmp_path, tiny_run):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a screen")
 def test_without_a_screen_no_browser_takes_the_terminal(monkeypatch):
     serve = pytest.importorskip("tinygpt.serve")
-    monkeypatch.setattr("webbrowser.open", lambda url: pytest.fail("opened"))
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     serve.open_browser("http://127.0.0.1:8000")
+    assert opened == []
+    monkeypatch.setenv("DISPLAY", ":0")
+    serve.open_browser("http://127.0.0.1:8000")
+    assert opened == ["http://127.0.0.1:8000"]

@@ -166,6 +166,15 @@ def test_stop_strings_and_best_of(client):
     assert best.choices[0].text == likeliest.text
 
 
+def test_the_candidates_of_a_prompt_are_encoded_once(address, server, monkeypatch):
+    tokenizer, encoded = server[1].default.tokenizer, []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: (encoded.append(text), encode(text))[1])
+    answer = complete(address, prompt=["the cat", "a dog"], n=5, max_tokens=2)
+    assert len(answer.json()["choices"]) == 10
+    assert encoded == ["the cat", "a dog"]
+
+
 def test_penalties_and_bias_reach_the_draw(client, server):
     token = server[1].default.tokenizer.encode("s")[0]
     text = (

@@ -104,14 +104,22 @@ class Served:
         """Queue all texts or none. Raises engine.Full where there is no room, UserError for a bad ask."""
         if len(asks) > (most := self.limits.max_waiting):
             raise TooLong(f"{len(asks)} texts are asked for at once, and this server writes {most}", "ask for fewer")
-        requests = await asyncio.to_thread(lambda: [self.request(ask) for ask in asks])  # encoding may take a while
+        requests = await asyncio.to_thread(self.requests, asks)  # encoding may take a while
         return Writing(self, asks, requests)
 
-    def request(self, ask: Ask) -> Request:
+    def requests(self, asks: Sequence[Ask]) -> list[Request]:
+        """For the engine. The candidates of one prompt share its ids: a long one is encoded once."""
+        ids: dict[int, list[int]] = {}
+        for ask in asks:
+            if id(ask.prompt) not in ids:
+                ids[id(ask.prompt)] = self.encode(ask.prompt)
+        return [self.request(ask, ids[id(ask.prompt)]) for ask in asks]
+
+    def request(self, ask: Ask, ids: list[int]) -> Request:
         if ask.max_new_tokens > (most := self.limits.max_new_tokens):
             raise TooLong(f"{ask.max_new_tokens} new tokens are asked for, and this server writes {most}", "ask for fewer")
         return Request(
-            self.encode(ask.prompt),
+            ids,
             ask.max_new_tokens,
             ask.sampling,
             ask.seed,
