@@ -4,23 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numbered import Numbers
 
 from tinygpt.batches import IGNORED, BatchOrder, mix, permute, validation_batch, validation_windows
-
-
-class Numbers:
-    """A split whose token at position i is i: a window says by itself where it is from."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __len__(self):
-        return self.n
-
-    def windows(self, starts, length):
-        assert starts.min() >= 0
-        assert starts.max() + length <= self.n
-        return starts[:, None] + np.arange(length)
 
 
 def words(*values):

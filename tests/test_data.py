@@ -1,25 +1,12 @@
 """The loaders: a step's share of each process, with and without workers."""
 
-import numpy as np
 import pytest
 import torch
+from numbered import Numbers
 
 from tinygpt.batches import IGNORED, BatchOrder
 from tinygpt.config import UserError
 from tinygpt.data import StepSampler, TextData, TrainingSteps, ValidationBatches, make_order
-
-
-class Numbers:
-    """A split whose token at position i is i."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __len__(self):
-        return self.n
-
-    def windows(self, starts, length):
-        return np.asarray(starts)[:, None] + np.arange(length)
 
 
 class Process:
