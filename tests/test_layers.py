@@ -13,7 +13,7 @@ PACKAGE = ROOT / "tinygpt"
 # From the bottom up: a module may import those of the lines above its own.
 LAYERS = (
     ("config", "summary"),
-    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep"),
+    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory"),
     ("imdb", "tokens", "documents"),
     ("corpus",),
     ("optim", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),

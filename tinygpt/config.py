@@ -186,10 +186,13 @@ class DataConfig:
 class OptimizerConfig:
     """The update rule and the learning rate over the run."""
 
-    name: str = option("adamw", "the update rule", choices=("adamw",))
+    name: str = option("adamw", "the update rule; muon: Muon for the blocks' matrices", choices=("adamw", "muon"))
     lr: float = option(1e-3, "peak learning rate", gt=0)
     betas: list[float] = option([0.9, 0.99], "decay of the two running moments")
     eps: float = option(1e-8, "added to the denominator", gt=0)
+    muon_lr: float = option(0.02, "muon: peak learning rate of the matrices; lr is that of all else", gt=0)
+    muon_momentum: float = option(0.95, "muon: decay of the gradients' running mean", ge=0, lt=1)
+    muon_weight_decay: float = option(0.0, "muon: decay of the matrices", ge=0)
     weight_decay: float = option(0.1, "decay of matrices and embeddings; vectors are never decayed", ge=0)
     grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping", ge=0)
     schedule: str = option(
@@ -221,6 +224,11 @@ class TrainConfig:
     logger: dict[str, Any] = option({}, "Lightning loggers, by name")
     callbacks: dict[str, Any] = option({}, "Lightning callbacks, by name")
     seed: int = option(1337, "decides initial weights, batches and dropout", ge=0, lt=2**63)
+    matmul_precision: str = option(
+        "high",
+        "products of float32: exact | TF32 on a GPU | bfloat16 | bfloat16 where there are units for it, else high",
+        choices=("highest", "high", "medium", "fastest"),
+    )
     compile: bool = option(False, "compile the model with torch.compile (pays on long runs)")
     resume: str | None = option(None, "auto, or a checkpoint or run directory to continue from")
     init_from: str | None = option(None, "weights (with shape and tokenizer) to start from: whatever ckpt= may be")
