@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from tinygpt.batches import VALIDATION_LOGITS
 from tinygpt.config import ModelConfig, OptimizerConfig
-from tinygpt.model import GPT
+from tinygpt.model import GPT, outline
 from tinygpt.optim import make_optimizer
 
 PROBE_FLOPS = 2e11  # larger steps are not run but extrapolated: a second or two on two CPU cores
@@ -68,9 +68,8 @@ def make_forecast(
     precision: str,
 ) -> Forecast:
     """Measure this device and extrapolate. share: sequences per step on one device. Leaves the random state alone."""
-    with torch.device("meta"):
-        outline = GPT(config, vocab_size)
-    random_state, probe = torch.get_rng_state(), Probe(outline, optimizer, device, precision)
+    shape = outline(config, vocab_size)
+    random_state, probe = torch.get_rng_state(), Probe(shape, optimizer, device, precision)
     micro = micro_batch_size or probe.largest_micro_batch(share)
     micro = min(share, micro)
     step = probe.step_seconds(share, micro)
@@ -78,8 +77,8 @@ def make_forecast(
     peak, memory = matmul_peak(device, precision), probe.memory(micro)
     torch.set_rng_state(random_state)
     return Forecast(
-        parameters=outline.num_parameters(),
-        flops_per_token=flops_per_token(outline),
+        parameters=shape.num_parameters(),
+        flops_per_token=flops_per_token(shape),
         tokens_per_step=share * world_size * config.block_size,
         micro_batch_size=micro,
         steps=steps,
@@ -94,13 +93,13 @@ def make_forecast(
 class Probe:
     """Throw-away models of one shape on one device, and what they were measured to take."""
 
-    def __init__(self, outline: GPT, optimizer: OptimizerConfig, device: torch.device, precision: str) -> None:
-        """outline: the model on the meta device, for its shape."""
-        self.config, self.vocab_size, self.optimizer = outline.config, outline.vocab_size, optimizer
+    def __init__(self, shape: GPT, optimizer: OptimizerConfig, device: torch.device, precision: str) -> None:
+        """shape: the model on the meta device."""
+        self.config, self.vocab_size, self.optimizer = shape.config, shape.vocab_size, optimizer
         self.device, self.context = device, autocast(device, precision)
-        self.flops = flops_per_token(outline) * outline.config.block_size  # of one sequence
+        self.flops = flops_per_token(shape) * shape.config.block_size  # of one sequence
         self.held = resident_bytes() if device.type == "cpu" else 0  # before the probes add to it
-        self.weights = sum(p.numel() * p.element_size() for p in outline.parameters())
+        self.weights = sum(p.numel() * p.element_size() for p in shape.parameters())
 
     def model(self, n_layer: int | None = None) -> GPT:
         return GPT(replace(self.config, n_layer=n_layer or self.config.n_layer), self.vocab_size).to(self.device)
