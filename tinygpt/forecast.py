@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinygpt.batches import VALIDATION_LOGITS
+from tinygpt.batches import validation_rows
 from tinygpt.config import ModelConfig, OptimizerConfig
 from tinygpt.model import GPT, outline
 from tinygpt.optim import make_optimizer
@@ -150,7 +150,7 @@ class Probe:
     def validation_seconds(self, trained: float) -> float:
         """Seconds to validate one window: measured, or where that is too large to try a third of what it takes to train
         on one, which is `trained`."""
-        rows = max(1, min(64, VALIDATION_LOGITS // (self.config.block_size * self.vocab_size)))
+        rows = validation_rows(self.config.block_size, self.vocab_size, self.device.type)
         if self.device.type == "cpu" and self.flops * rows / 3 > PROBE_FLOPS:
             return trained / 3
         model, batch = self.model(), self.tokens(rows)
@@ -162,7 +162,7 @@ class Probe:
             correct: Tensor = (logits.argmax(dim=-1) == batch[:, 1:].flatten()).sum()
             return nll + correct
 
-        return timed(work, self.device, budget=0.3) / rows
+        return timed(work, self.device, budget=0.1) / rows
 
     def memory(self, micro: int) -> int:
         """Bytes at the peak of a step: weights, gradients, two moments, what the backward pass keeps, the logits twice,
@@ -197,7 +197,7 @@ def autocast(device: torch.device, precision: str) -> Callable[[], AbstractConte
     return lambda: torch.autocast(device.type, dtype=dtypes[precision])
 
 
-def timed(work: Callable[[], object], device: torch.device, budget: float = 0.6) -> float:
+def timed(work: Callable[[], object], device: torch.device, budget: float = 0.25) -> float:
     """Seconds of `work`: the median of its repetitions, because a program beside us makes some of them very slow."""
     return statistics.median(repeat(work, device, budget))
 
@@ -238,4 +238,4 @@ def matmul_peak(device: torch.device, precision: str) -> float:
     n = 8192 if device.type == "cuda" else 1024
     dtype = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     a = torch.randn(n, n, device=device, dtype=dtype or torch.float32)
-    return 2 * n**3 / min(repeat(lambda: a @ a, device, budget=0.3))  # a peak: the best of them
+    return 2 * n**3 / min(repeat(lambda: a @ a, device, budget=0.1))  # a peak: the best of them
