@@ -8,8 +8,8 @@ from tinygpt.lean import lean_imports
 
 
 def work(config: TrainConfig, run_dir: Path, overrides: list[str]) -> float | None:
-    with lean_imports():
-        from tinygpt.run import train  # torch and Lightning, which --help does not wait for
+    with lean_imports():  # torch and Lightning, which --help does not wait for
+        from tinygpt.run import train
 
     return train(config, run_dir, overrides)
 
