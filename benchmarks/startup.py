@@ -23,16 +23,23 @@ from pathlib import Path
 from common import ROOT, machine, spread, write_result
 from nanogpt_parity import RECIPE, prepare_peer
 
-# Notes in a file when each optimizer step has ended, and the processor seconds of this process until then.
+# Notes in a file when each optimizer step has ended, and the processor seconds of this process until then. It imports
+# nothing itself: it waits for the script to have imported torch.
 NOTING = """
 import os, runpy, sys, time
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 def note(*_):
     with open({file!r}, "w") as file:
         print(time.monotonic(), sum(os.times()[:2]), file=file)
 
-register_optimizer_step_post_hook(note)
+def register(event, _, waiting=[True]):
+    if event == "import" and waiting:
+        module = sys.modules.get("torch.optim.optimizer")
+        if hasattr(module, "register_optimizer_step_post_hook"):
+            waiting.clear()
+            module.register_optimizer_step_post_hook(note)
+
+sys.addaudithook(register)
 sys.path.insert(0, os.getcwd())
 sys.argv = {argv!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
