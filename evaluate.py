@@ -5,13 +5,15 @@ from pathlib import Path
 
 from tinygpt import cli
 from tinygpt.config import EvaluateConfig, UserError
+from tinygpt.lean import lean_imports
 
 
 def work(config: EvaluateConfig, run_dir: Path, overrides: list[str]) -> None:
-    from tinygpt import checkpoint as ckpt  # torch, which --help does not wait for
-    from tinygpt.corpus import cache_dir, data_dir
-    from tinygpt.evaluate import evaluate
-    from tinygpt.shards import prepare
+    with lean_imports():  # torch, which --help does not wait for
+        from tinygpt import checkpoint as ckpt
+        from tinygpt.corpus import cache_dir, data_dir
+        from tinygpt.evaluate import evaluate
+        from tinygpt.shards import prepare
 
     name, opened = ckpt.open_any(config.ckpt)
     model, tokenizer = ckpt.rebuild(opened, ckpt.pick_device(config.device))

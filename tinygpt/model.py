@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from tinygpt.config import ModelConfig
 
@@ -243,6 +244,21 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         """Parameters, a shared one counted once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def outline(config: ModelConfig, vocab_size: int) -> GPT:
+    """The model on the meta device: its shapes, without memory."""
+    with torch.device("meta"), Undrawn():
+        return GPT(config, vocab_size)
+
+
+class Undrawn(TorchFunctionMode):
+    """Normal values are not drawn. On the meta device there are none, and to draw them torch imports its compiler, which
+    takes as long as torch itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
 
 @torch.no_grad()
