@@ -17,6 +17,7 @@ LAYERS = (
     ("imdb", "tokens", "documents"),
     ("corpus",),
     ("optim", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
+    ("decode",),
     ("generate",),
     ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
     ("checkpoint",),
