@@ -76,7 +76,7 @@ class Decoder:
         return logits
 
     def _static_step(self, total: int) -> Tensor:
-        return self._step(self._token, Place(self._at, total, self._columns[:total] <= self._at))
+        return self._step(self._token, Place(self._at, total, self._columns[None, :total] <= self._at))
 
     def _step(self, token: Tensor, place: Place) -> Tensor:
         model, rope = self.model, None
