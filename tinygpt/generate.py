@@ -20,6 +20,7 @@ from tinygpt.cache import KVCache
 from tinygpt.config import SampleConfig, UserError
 from tinygpt.decode import Decoder
 from tinygpt.model import GPT
+from tinygpt.precision import convert
 from tinygpt.tokenizer import END_OF_TEXT, Detokenizer, Tokenizer
 
 GREEDY_BELOW = 1e-5  # a temperature below this is 0: dividing by it would overflow
@@ -310,6 +311,7 @@ def stream(
     max_new_tokens: int = SampleConfig.max_new_tokens,
     stop: Sequence[str] = (),
     seed: int | None = None,
+    dtype: str | None = None,
     **sampling: Any,
 ) -> Iterator[str]:
     """Yield the text after `prompt` in pieces that are never empty; arguments and errors as for `generate`.
@@ -318,6 +320,7 @@ def stream(
     before the first piece.
     """
     idx, (sample,) = _begin(model, tokenizer, prompt, stop, 1)
+    model = model if dtype is None else convert(model, dtype)
     tokens = stream_tokens(model, idx, max_new_tokens, Sampling(**sampling), seed)
     return _pieces(tokens, sample)
 
@@ -340,6 +343,7 @@ def generate(
     max_new_tokens: int = SampleConfig.max_new_tokens,
     stop: Sequence[str] = (),
     seed: int | None = None,
+    dtype: str | None = None,
     **sampling: Any,
 ) -> str:
     """`prompt` and the text that the model writes after it, of max_new_tokens tokens or fewer.
@@ -347,11 +351,13 @@ def generate(
     It ends before any of the `stop` strings (in the new text) and at the tokenizer's end-of-text. `sampling`
     are the fields of `Sampling`: temperature, top_k, top_p, min_p and repetition_penalty. Equal seeds write
     equal texts; None writes a new one. An empty prompt starts from `start_token`, which the text does not
-    show; of a prompt longer than block_size the model reads the end (see `stream_tokens`).
+    show; of a prompt longer than block_size the model reads the end (see `stream_tokens`). dtype (fp32, bf16 or int8) writes
+    with a copy of the weights in that format; `load(ckpt, dtype=...)` makes it once for many texts.
 
     Raises UserError for a setting outside its limits, and for a prompt that the tokenizer cannot encode.
     """
-    (text,) = generate_many(model, tokenizer, prompt, 1, max_new_tokens=max_new_tokens, stop=stop, seed=seed, **sampling)
+    sampling |= {"max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "dtype": dtype}
+    (text,) = generate_many(model, tokenizer, prompt, 1, **sampling)
     return text
 
 
@@ -364,11 +370,13 @@ def generate_many(
     max_new_tokens: int = SampleConfig.max_new_tokens,
     stop: Sequence[str] = (),
     seed: int | None = None,
+    dtype: str | None = None,
     **sampling: Any,
 ) -> list[str]:
     """As many texts that begin with `prompt`, drawn together in one batch; otherwise as `generate`."""
     SampleConfig(num_samples=num_samples)  # refuses what is outside its limits
     idx, samples = _begin(model, tokenizer, prompt, stop, num_samples)
+    model = model if dtype is None else convert(model, dtype)
     texts = [[prompt] for _ in samples]
     for tokens in stream_tokens(model, idx, max_new_tokens, Sampling(**sampling), seed):
         for text, sample, token in zip(texts, samples, tokens.tolist(), strict=True):
