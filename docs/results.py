@@ -130,9 +130,9 @@ def generation() -> str:
         for dtype in ("fp32", "bf16", "int8")
     ]
     how = (
-        f"`{result['shape']}` with random weights, {result['prompt_tokens']} tokens of prompt, greedy, {result['rounds']} rounds: "
-        "median of the rounds' ratios, and range; mean tokens/s, and range. `limit` is the reading of all fp32 weights once a "
-        f"token. The perplexity is that of a trained `{result['perplexity']['model']}` on its validation split. "
+        f"`{result['shape']}` with random weights, {result['prompt_tokens']} tokens of prompt, greedy, {result['rounds']} "
+        "rounds: median of the rounds' ratios, and range; mean tokens/s, and range. `limit` is the reading of all fp32 weights "
+        f"once a token. The perplexity is that of a trained `{result['perplexity']['model']}` on its validation split. "
         f"`benchmarks/generation.py`, on {place(result)}."
     )
     compared = table(("", "ours", "over", "ratio", "target"), rows)
