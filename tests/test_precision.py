@@ -2,6 +2,7 @@
 
 import json
 import math
+import queue
 
 import pytest
 import scripts
@@ -10,10 +11,11 @@ import torch
 import tinygpt
 from tinygpt import precision
 from tinygpt.config import ModelConfig, UserError
+from tinygpt.engine import Request
 from tinygpt.generate import Sampling, generate, stream_tokens
 from tinygpt.model import GPT
 from tinygpt.precision import Int8Linear, PackedLinear, convert
-from tinygpt.served import own_memory
+from tinygpt.served import Library, Limits, own_memory
 from tinygpt.tokenizer import CharTokenizer
 
 OPTIONS = {
@@ -84,6 +86,20 @@ def test_texts_are_written_in_every_format(dtype, rows):
     own_memory(small)  # as the server does
     again = torch.stack(list(stream_tokens(small, idx, 70, Sampling(top_k=5), seed=1)))
     assert torch.equal(drawn, again)
+
+
+def test_the_server_serves_it(tiny_run):
+    library = Library(Limits(), "cpu", "int8")
+    try:
+        library.add("custom", str(tiny_run))
+        events: queue.SimpleQueue = queue.SimpleQueue()
+        served = library.get("custom")
+        assert isinstance(served.model.lm_head, Int8Linear)
+        served.engine.submit([Request([1, 2, 3], 5, seed=1)] * 2, [events.put] * 2)
+        received = [events.get(timeout=60) for _ in range(12)]
+        assert [type(event).__name__ for event in received].count("Drawn") == 10
+    finally:
+        library.close()
 
 
 def test_generate_takes_a_dtype():
