@@ -129,10 +129,10 @@ def generation() -> str:
         )
         for dtype in ("fp32", "bf16", "int8")
     ]
+    model = f"`{result['shape']}` with random weights, {result['prompt_tokens']} tokens of prompt, greedy"
     how = (
-        f"`{result['shape']}` with random weights, {result['prompt_tokens']} tokens of prompt, greedy, on {result['threads']} "
-        f"threads in {result['rounds']} rounds: median of the rounds' ratios, and range; mean tokens/s, and range. `limit` is "
-        "the reading of all fp32 weights once a token. The perplexity is that of a trained "
+        f"{model}; {result['threads']} threads, {result['rounds']} rounds: median of the rounds' ratios, and range; "
+        "mean tokens/s, and range. `limit` is the reading of all fp32 weights once a token. The perplexity is that of a trained "
         f"`{result['perplexity']['model']}` on its validation split. `benchmarks/generation.py`, on {place(result)}."
     )
     compared = table(("", "ours", "over", "ratio", "target"), rows)
