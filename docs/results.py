@@ -132,8 +132,8 @@ def generation() -> str:
     model = f"`{result['shape']}` with random weights, {result['prompt_tokens']} tokens of prompt, greedy"
     how = (
         f"{model}; {result['threads']} threads, {result['rounds']} rounds: median of the rounds' ratios, and range; "
-        "mean tokens/s, and range. `limit` is the reading of all fp32 weights once a token. The perplexity is that of a trained "
-        f"`{result['perplexity']['model']}` on its validation split. `benchmarks/generation.py`, on {place(result)}."
+        "mean tokens/s, and range. `limit` is the reading of all fp32 weights once a token. The perplexity is a trained "
+        f"`{result['perplexity']['model']}`'s on its validation split. `benchmarks/generation.py`, on {place(result)}."
     )
     compared = table(("", "ours", "over", "ratio", "target"), rows)
     return "\n\n".join((compared, table(("dtype", "tokens/s, one text", "perplexity"), costs), how))
