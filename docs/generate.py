@@ -27,6 +27,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "seeds": results.seeds,
     "sample": results.sample,
     "serving": results.serving,
+    "generation": results.generation,
     "letters": shapes.letters,
     "imdb-prepared": imdb.prepared,
     "imdb-vocabulary": imdb.vocabulary,

@@ -17,6 +17,7 @@ LAYERS = (
     ("imdb", "tokens", "documents"),
     ("corpus",),
     ("optim", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
+    ("decode", "precision"),
     ("generate",),
     ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
     ("checkpoint",),
@@ -33,8 +34,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "matplotlib", "tiktoken", "tokenizers", "rich")
 TORCH_OR_LESS = (
-    *("tokenizer", "model", "optim", "cache", "generate", "engine", "checkpoint", "pretrained", "hub"),
-    *("corpus", "shards", "batches", "terminal", "tokenizer_files", "model_card"),
+    *("tokenizer", "model", "optim", "cache", "decode", "precision", "generate", "engine", "checkpoint", "pretrained"),
+    *("hub", "corpus", "shards", "batches", "terminal", "tokenizer_files", "model_card"),
 )
 
 

@@ -267,6 +267,9 @@ REFUSED_TRAINER_ARGUMENTS = {
 }
 
 
+DTYPES = ("fp32", "bf16", "int8")
+DTYPE_HELP = "the weights: as trained | half the bytes | matrices as 8-bit integers; each writes faster than the one before"
+
 CKPT = "a .ckpt file, a run directory, latest, an exported directory, hf:NAME or hf:DIR"
 
 
@@ -287,6 +290,7 @@ class SampleConfig:
     seed: int | None = option(None, "the same seed draws the same text; null: a new one each time", ge=0, lt=2**63)
     interactive: bool = option(False, "a >> prompt that streams; quit or Ctrl-D ends it")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("fp32", DTYPE_HELP, choices=DTYPES)
     debug: bool = option(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:
@@ -307,6 +311,7 @@ class EvaluateConfig:
     data: DataConfig | None = option(None, "another text (data=text data.path=...); null: the checkpoint's own corpus")
     batch_size: int = option(32, "windows per forward pass", ge=1)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("fp32", DTYPE_HELP, choices=DTYPES)
     data_dir: str | None = option(None, "where corpora live; null: $TINYGPT_DATA_DIR, else data/")
     cache_dir: str | None = option(None, "where tokens are kept; null: $TINYGPT_CACHE_DIR, else data/cache")
     debug: bool = option(False, "show the traceback of an error")
@@ -334,6 +339,7 @@ class ServeConfig:
     max_body_bytes: int = option(2**20, "bytes of one request", ge=1024)
     timeout: float = option(30.0, "seconds that a request may take to arrive", gt=0)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("fp32", DTYPE_HELP, choices=DTYPES)
     debug: bool = option(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:
