@@ -14,8 +14,11 @@ PACKAGE = ROOT / "tinygpt"
 LAYERS = (
     ("config", "summary"),
     ("tokenizer", "model", "files", "batches", "targets", "help", "sweep"),
-    ("imdb", "tokens", "documents"),
+    ("imdb", "tokens", "documents", "streams"),
     ("corpus",),
+    ("pieces",),
+    ("writer", "meter"),
+    ("workspace",),
     ("optim", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
     ("generate",),
     ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
@@ -34,7 +37,19 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "matplotlib", "tiktoken", "tokenizers", "rich")
 TORCH_OR_LESS = (
     *("tokenizer", "model", "optim", "cache", "generate", "engine", "checkpoint", "pretrained", "hub"),
-    *("corpus", "shards", "batches", "terminal", "tokenizer_files", "model_card"),
+    *(
+        "corpus",
+        "streams",
+        "pieces",
+        "writer",
+        "workspace",
+        "meter",
+        "shards",
+        "batches",
+        "terminal",
+        "tokenizer_files",
+        "model_card",
+    ),
 )
 
 
@@ -101,7 +116,7 @@ def script(verb, *arguments):
     return SCRIPT.format(argv=[str(ROOT / f"{verb}.py"), *arguments])
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "prepare"])
 def test_help_waits_for_no_torch(verb, tmp_path):
     found = loaded(script(verb, "--help"), tmp_path, *HEAVY)
     assert found <= {"hydra", "omegaconf"}
