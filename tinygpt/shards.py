@@ -26,7 +26,7 @@ from tinygpt.pieces import SPLITS, Reader, StreamReader, Survey, TextReader, bat
 from tinygpt.tokenizer import Texts, Tokenizer, build, from_state
 from tinygpt.tokens import Tokens
 from tinygpt.workspace import private, workspace
-from tinygpt.writer import JOURNAL, PART_BYTES, Manifest, Writer, documents_file, encoded, encoder, sync, write_json
+from tinygpt.writer import JOURNAL, Manifest, Writer, documents_file, encoded, encoder, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def prepare(config: DataConfig, data_dir: Path, cache_dir: Path, tokenizer: Toke
     with _writing(cache_dir), workspace(target) as folder:
         found = _find(cache_dir, family, wanted)  # another process may have been first
         if not found:
-            _fill(folder, wanted, config, corpus, data_dir, tokenizer)
+            if not (folder / "manifest.json").exists():  # else it was killed when only the name was left to give
+                _fill(folder, wanted, config, corpus, data_dir, tokenizer)
             found = _publish(folder, target)
         return found
 
@@ -138,6 +139,8 @@ def _writing(cache_dir: Path) -> Iterator[None]:
 
 def _publish(folder: Path, target: Path) -> Prepared:
     """Give the folder its final name, unless another process was first: then its tokens are as good."""
+    (folder / JOURNAL).unlink(missing_ok=True)
+    sync(folder)
     try:
         folder.rename(target)
     except OSError:
@@ -177,16 +180,11 @@ def _fill(
         if corpus.stream
         else TextReader(corpus, sizes(survey["units"], config), place)
     )
-    writer = Writer(folder, tokenizer.vocab_size, reader.documents, journal.get("splits", {}))
-    unwritten = 0
+    writer = Writer(folder, tokenizer.vocab_size, reader.documents, journal)
     with progress(survey.get("bytes"), config.max_documents, place) as show:
         for batch, ids in encoded(batches(reader), encoder(tokenizer, corpus.stream is not None)):
             writer.write(batch, ids)
             show(batch.place)
-            unwritten += sum(piece.bytes for piece in batch.pieces)
-            if unwritten >= PART_BYTES:
-                writer.commit(batch.place, journal)
-                unwritten = 0
     splits, sha256 = writer.close(), reader.place()["sha256"]
     if corpus.stream:
         _refuse_empty(corpus, config, splits)
@@ -194,8 +192,6 @@ def _fill(
         raise changed(corpus)
     manifest = {"corpus": corpus.name, "sha256": sha256, "fingerprint": tokenizer.fingerprint()}
     write_json(folder / "manifest.json", wanted | manifest | {"dtype": writer.dtype.str, "splits": splits})
-    (folder / JOURNAL).unlink(missing_ok=True)
-    sync(folder)
 
 
 def _journal(folder: Path, wanted: Manifest) -> Manifest | None:
@@ -229,7 +225,9 @@ def _begin(
     )
     write_json(folder / "tokenizer.json", tokenizer.state())
     known = {} if corpus.stream else {"units": survey.units, "bytes": survey.bytes, "sha256": survey.sha256}
-    return {"wanted": wanted, "survey": known}
+    journal = {"wanted": wanted, "survey": known}
+    write_json(folder / JOURNAL, journal)
+    return journal
 
 
 def _refuse_empty(corpus: Corpus, config: DataConfig, splits: Manifest) -> None:

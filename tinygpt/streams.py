@@ -6,6 +6,7 @@ Nothing is kept on disk but the tokens that are made of them: what is read twice
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ class Stream:
 
     @property
     def name(self) -> str:
-        """The last part of its name or folder."""
-        return Path(self.path).name
+        """The last part of its name or folder, as part of a file name."""
+        return re.sub(r"[^\w.-]+", "_", Path(self.path).name)
 
     def fingerprint(self) -> str:
         """Changes with what is asked for, and with the files of a folder; a data set of the hub is taken not to change."""

@@ -68,23 +68,28 @@ def encoded(batches: Iterable[Batch], encode: Callable[[Batch], list[Ids]]) -> I
 class Writer:
     """The files of all splits in a folder, each appended to."""
 
-    def __init__(self, folder: Path, vocab_size: int, documents: bool, done: Manifest) -> None:
-        """`done`: what a journal says of the splits that are there already; empty for a new folder."""
+    def __init__(self, folder: Path, vocab_size: int, documents: bool, journal: Manifest) -> None:
+        """`journal` is written again, with how far it goes, after each part; `splits` in it are there already."""
         self.dtype = token_dtype(vocab_size)
-        self._folder, self._documents = folder, documents
+        self._folder, self._journal, self._unsaved = folder, journal, 0
+        done = journal.get("splits", {})
         self._splits = {name: _Split(folder, name, self.dtype, documents, done.get(name)) for name in SPLITS}
 
     def write(self, batch: Batch, ids: list[Ids]) -> None:
         for piece, tokens in zip(batch.pieces, ids, strict=True):
             self._splits[piece.split].write(len(piece.text), piece.bytes, tokens.astype(self.dtype, copy=False))
+            self._unsaved += piece.bytes
+        if self._unsaved >= PART_BYTES:
+            self._commit(batch.place)
 
-    def commit(self, place: Place, journal: Manifest) -> None:
+    def _commit(self, place: Place) -> None:
         """Make what was written last, and say so in the journal."""
+        self._unsaved = 0
         counts = {name: split.counts for name, split in self._splits.items()}
         for split in self._splits.values():
             split.flush()
         sync(self._folder)
-        write_json(self._folder / JOURNAL, {**journal, "place": place, "splits": counts})
+        write_json(self._folder / JOURNAL, {**self._journal, "place": place, "splits": counts})
 
     def close(self) -> Manifest:
         """The entries of the splits in a manifest, once all is on disk."""
