@@ -7,7 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+import regex
+import tiktoken
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import ROOT, SMALL, files, run, run_inside
 
@@ -17,7 +19,7 @@ from tinygpt.corpus import gpt2_merges
 from tinygpt.pieces import first_part, recut, split_of
 from tinygpt.shards import prepare
 from tinygpt.streams import Unreachable
-from tinygpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, CharTokenizer, GPT2Tokenizer
+from tinygpt.tokenizer import _EQUAL_PATTERN, END_OF_TEXT, GPT2_PATTERN, CharTokenizer, GPT2Tokenizer
 
 
 def ids(tokens):
@@ -66,8 +68,6 @@ def gpt2(shared_data):
 
 @pytest.mark.parametrize("name", ["wikitext2/wiki.valid.raw", "books/1661.txt", "enwik/enwik6.txt"])
 def test_pieces_on_every_core_have_the_tokens_of_plain_tiktoken(shared_data, tmp_path, gpt2, monkeypatch, name):
-    import tiktoken
-
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken_cache"))
     monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 2**13)
     monkeypatch.setattr("tinygpt.corpus.CHUNK_SIZE", 2**12)
@@ -85,6 +85,12 @@ SPACES = "a's 1!\n\t\r\x0b\x1c\x85\xa0\u2003\u3000é日"
 @given(chunks=st.lists(st.text(SPACES, max_size=12), max_size=8))
 def test_pieces_have_gpt2s_tokens_whatever_the_spaces(gpt2, chunks):
     assert [token for piece in recut(chunks) for token in gpt2.encode(piece)] == gpt2.encode("".join(chunks))
+
+
+@settings(max_examples=300)
+@given(text=st.text(st.characters(codec="utf-8") | st.sampled_from(SPACES + "sdmtlver_٣²Ⅷ\u0301\u200b\u2028"), max_size=30))
+def test_the_quick_pattern_cuts_where_gpt2s_own_does(text):
+    assert regex.findall(_EQUAL_PATTERN, text) == regex.findall(GPT2_PATTERN, text)
 
 
 RANKS = [bytes([value]) for value in range(256)] + [b"  ", b" a", b"\n\n", b"aa"]

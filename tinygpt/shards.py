@@ -172,8 +172,11 @@ def _fill(
     tokenizer: Tokenizer | None,
 ) -> None:
     """Write the shards, the tokenizer and the manifest of the corpus into the folder, or the rest of them."""
-    journal = _journal(folder, wanted) or _begin(folder, wanted, config, corpus, data_dir, tokenizer)
-    tokenizer = from_state(_read_json(folder / "tokenizer.json"))
+    journal = _journal(folder, wanted)
+    if journal:
+        tokenizer = from_state(_read_json(folder / "tokenizer.json"))
+    else:
+        journal, tokenizer = _begin(folder, wanted, config, corpus, data_dir, tokenizer)
     place, survey = journal.get("place"), journal["survey"]
     reader: Reader = (
         StreamReader(corpus.stream, config, place)
@@ -205,7 +208,7 @@ def _journal(folder: Path, wanted: Manifest) -> Manifest | None:
 
 def _begin(
     folder: Path, wanted: Manifest, config: DataConfig, corpus: Corpus, data_dir: Path, tokenizer: Tokenizer | None
-) -> Manifest:
+) -> tuple[Manifest, Tokenizer]:
     """Read the text once, to know where it splits, and learn the tokenizer; a stream is read for what is learned alone."""
     for path in folder.iterdir():
         path.unlink()
@@ -227,7 +230,7 @@ def _begin(
     known = {} if corpus.stream else {"units": survey.units, "bytes": survey.bytes, "sha256": survey.sha256}
     journal = {"wanted": wanted, "survey": known}
     write_json(folder / JOURNAL, journal)
-    return journal
+    return journal, tokenizer
 
 
 def _refuse_empty(corpus: Corpus, config: DataConfig, splits: Manifest) -> None:

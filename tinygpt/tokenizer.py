@@ -244,6 +244,8 @@ class WordTokenizer(Tokenizer):
 
 # GPT-2's own rule, by which text is cut before bytes are merged.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# The same cuts at more than the speed: what needs no look ahead is one group, which tiktoken's engine runs as an automaton.
+_EQUAL_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"""
 END_OF_TEXT = "<|endoftext|>"
 LONG_DOCUMENT = 2**16  # characters; a shorter one has no run of spaces that is too long for tiktoken
 
@@ -259,7 +261,8 @@ class MergedBytes(Tokenizer):
         self.special_tokens = dict(special_tokens)
         self._pattern = pattern
         ids = {token: rank for rank, token in enumerate(ranks)}
-        self._encoding = Encoding(self.kind, pat_str=pattern, mergeable_ranks=ids, special_tokens=special_tokens)
+        runs = _EQUAL_PATTERN if pattern == GPT2_PATTERN else pattern
+        self._encoding = Encoding(self.kind, pat_str=runs, mergeable_ranks=ids, special_tokens=special_tokens)
 
     def encode_array(self, text: str) -> Ids:
         """As everywhere; `<|endoftext|>` in a text is no special token, but characters like any other."""
