@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import ROOT, SMALL, files, run, run_inside
 
-from tinygpt import pieces, shards, writer
+from tinygpt import meter, pieces, shards, writer
 from tinygpt.config import DataConfig, TokenizerConfig, UserError
 from tinygpt.corpus import gpt2_merges
 from tinygpt.pieces import first_part, recut, split_of
@@ -56,6 +57,29 @@ def test_a_missing_text_is_one_line(tmp_path):
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr.startswith("error: data.path=no.txt does not exist\nhint: ")
     assert files(tmp_path) == set()
+
+
+def test_a_large_text_shows_how_far_it_is(tmp_path, rhyme, monkeypatch, capsys):
+    monkeypatch.setattr(meter, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(meter, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "PART_BYTES", 500)
+    monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("tinygpt.corpus.CHUNK_SIZE", 100)
+    (tmp_path / "my.txt").write_text(rhyme, encoding="utf-8")
+    data = DataConfig(corpus="text", path=str(tmp_path / "my.txt"), tokenizer=TokenizerConfig("byte"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(data, tmp_path, tmp_path)
+    shown = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"tokenising: 0 MB of 0 MB \(\d+%\), \d+\.\d MB/s", shown[0])
+    assert "(100%)" in shown[-1]
+    (left,) = tmp_path.glob(".*/manifest.json")
+    left.unlink()
+    prepare(data, tmp_path, tmp_path)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == "going on after 0 MB that are tokenised already"
+    assert "(100%)" in shown[-1]
 
 
 # The same tokens

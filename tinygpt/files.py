@@ -151,8 +151,8 @@ def _download(url: str, part: _Part) -> str:
         else:
             part.resumed = True  # it may be whole
     part.file.flush()
-    part.file.seek(0)
-    return hashlib.file_digest(part.file, "sha256").hexdigest()
+    with part.path.open("rb") as whole:
+        return hashlib.file_digest(whole, "sha256").hexdigest()
 
 
 def _session() -> "Session":
