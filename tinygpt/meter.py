@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from tinygpt.pieces import Place
 
-LARGE_BYTES = 50_000_000
-"""A smaller text is tokenised without a word."""
+LARGE_TEXT = 50_000_000
+"""Characters; a smaller text is tokenised without a word."""
 
 LINE_SECONDS = 10.0
 
@@ -17,12 +17,12 @@ LINE_SECONDS = 10.0
 def progress(total: int | None, documents: int | None, start: Place | None) -> Iterator[Callable[[Place], None]]:
     """What to call with each new place: a bar on stderr, in a log a line now and then; nothing for a small text.
 
-    total: bytes; None for a stream, of which so many `documents` are wanted, if that is known.
+    total: characters; None for a stream, of which so many `documents` are wanted, if that is known.
     """
-    if total is not None and total < LARGE_BYTES:
+    if total is not None and total < LARGE_TEXT:
         yield lambda _: None
         return
-    unit, end = ("pieces", documents) if total is None else ("bytes", total)
+    unit, end = ("pieces", documents) if total is None else ("characters", total)
     if start:
         print(f"going on after {start['bytes'] / 1e6:,.0f} MB that are tokenised already", file=sys.stderr, flush=True)
     with _bar(unit, end, start) if sys.stderr.isatty() else _lines(unit, end, start) as show:
@@ -61,4 +61,4 @@ def _done(place: Place, unit: str, end: int | None) -> str:
     if unit == "pieces":
         return f"{place['pieces']:,} {f'of {end:,} ' if end else ''}documents, {amount}"
     assert end
-    return f"{amount} of {end / 1e6:,.0f} MB ({100 * place['bytes'] / end:.0f}%)"
+    return f"{amount} ({100 * place['characters'] / end:.0f}%)"

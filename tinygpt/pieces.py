@@ -70,19 +70,14 @@ class Survey:
 
     corpus: Corpus
     units: int = 0  # what a split is counted in: documents, or where the text is one, characters
-    bytes: int = 0
-    sha256: str = ""
+    characters: int = 0
 
     def read(self) -> Iterator[str]:
         """The text, which is surveyed on the way. Raises UserError if there is none."""
-        digest = hashlib.sha256()
         for chunk in self.corpus.chunks():
-            data = chunk.encode()
-            digest.update(data)
             self.units += 1 if self.corpus.documents else len(chunk)
-            self.bytes += len(data)
+            self.characters += len(chunk)
             yield chunk
-        self.sha256 = digest.hexdigest()
         if not self.units:
             raise UserError(f"the corpus {self.corpus.name} is empty", "a text is needed to train on or to evaluate")
 

@@ -184,16 +184,16 @@ def _fill(
         else TextReader(corpus, sizes(survey["units"], config), place)
     )
     writer = Writer(folder, tokenizer.vocab_size, reader.documents, journal)
-    with progress(survey.get("bytes"), config.max_documents, place) as show:
+    with progress(survey.get("characters"), config.max_documents, place) as show:
         for batch, ids in encoded(batches(reader), encoder(tokenizer, corpus.stream is not None)):
             writer.write(batch, ids)
             show(batch.place)
-    splits, sha256 = writer.close(), reader.place()["sha256"]
+    splits, end = writer.close(), reader.place()
     if corpus.stream:
         _refuse_empty(corpus, config, splits)
-    elif sha256 != survey["sha256"]:
+    elif end["characters"] != survey["characters"] or open_corpus(config, data_dir).fingerprint != corpus.fingerprint:
         raise changed(corpus)
-    manifest = {"corpus": corpus.name, "sha256": sha256, "fingerprint": tokenizer.fingerprint()}
+    manifest = {"corpus": corpus.name, "sha256": end["sha256"], "fingerprint": tokenizer.fingerprint()}
     write_json(folder / "manifest.json", wanted | manifest | {"dtype": writer.dtype.str, "splits": splits})
 
 
@@ -227,7 +227,7 @@ def _begin(
         lambda: gpt2_merges(data_dir),
     )
     write_json(folder / "tokenizer.json", tokenizer.state())
-    known = {} if corpus.stream else {"units": survey.units, "bytes": survey.bytes, "sha256": survey.sha256}
+    known = {} if corpus.stream else {"units": survey.units, "characters": survey.characters}
     journal = {"wanted": wanted, "survey": known}
     write_json(folder / JOURNAL, journal)
     return journal, tokenizer
