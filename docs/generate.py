@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "sample": results.sample,
     "serving": results.serving,
     "generation": results.generation,
+    "preparation": results.preparation,
     "letters": shapes.letters,
     "imdb-prepared": imdb.prepared,
     "imdb-vocabulary": imdb.vocabulary,

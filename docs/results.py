@@ -221,3 +221,15 @@ def sample() -> str:
     sections = (RESULTS / SAMPLED / "samples.md").read_text(encoding="utf-8").split("\n## ")
     head, _, text = sections[-1].partition("\n")
     return f"*{head}*\n\n{text.strip(chr(10))}"
+
+
+def preparation() -> str:
+    """prepare.py against plain tiktoken."""
+    found = read("prepare")
+    bpe, big = found["gpt2"], found["large"]
+    return (
+        f"Measured (`prepare.py`, {place(found)}): GPT-2's tokens {ranged(bpe['ratio'], 1)} times as fast as one thread of "
+        f"plain `tiktoken`, {ranged(bpe['ratio_of_processor_time'], 1)} times in processor time alone; characters at "
+        f"{ranged(found['char']['megabytes_per_second'], 0)} MB/s; {big['megabytes'] / 1000:.1f} GB of text in "
+        f"{big['peak_memory_megabytes']:.0f} MB of memory."
+    )
