@@ -19,7 +19,7 @@ def work(config: SampleConfig, run_dir: Path, overrides: list[str]) -> None:
         from tinygpt.generate import generate_many, opening, options
         from tinygpt.terminal import chat, warn_if_cropped
 
-    model, tokenizer = load_for_text(config.ckpt, pick_device(config.device))
+    model, tokenizer = load_for_text(config.ckpt, pick_device(config.device), config.dtype)
     settings = options(config) | {"stop": [unescape(text) for text in config.stop]}
     if config.interactive:
         chat(model, tokenizer, **settings)

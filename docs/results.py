@@ -115,6 +115,40 @@ def serving() -> str:
     return f"{table(head, rows)}\n\n{how} in brackets. `benchmarks/serving.py`, on {place(result)}."
 
 
+def generation() -> str:
+    """How fast text is written, against peers and the machine's limit, and what smaller numbers cost."""
+    if not (RESULTS / "generation.json").exists():
+        return "Not measured yet; `benchmarks/generation.py` does it."
+    result = read("generation")
+    rows = [
+        (
+            row["part"],
+            row["ours"],
+            row["peer"],
+            f"{row['ratio']['median']:.2f} ({row['ratio']['min']:.2f} to {row['ratio']['max']:.2f})",
+            f"{row['target']}" if row["target"] else "",
+        )
+        for row in result["comparisons"]
+    ]
+    speeds, exact = result["tokens_per_second"]["64 tokens"], result["perplexity"]["fp32"]
+    costs = [
+        (
+            f"`{dtype}`",
+            ranged(speeds[f"tinygpt {dtype}"], 0),
+            f"{result['perplexity'][dtype]:.4f} ({100 * (result['perplexity'][dtype] / exact - 1):+.2f}%)",
+        )
+        for dtype in ("fp32", "bf16", "int8")
+    ]
+    model = f"`{result['shape']}` with random weights, {result['prompt_tokens']} tokens of prompt, greedy"
+    how = (
+        f"{model}; {result['threads']} threads, {result['rounds']} rounds: median of the rounds' ratios, and range; "
+        "mean tokens/s, and range. `limit` is the reading of all fp32 weights once a token. The perplexity is a trained "
+        f"`{result['perplexity']['model']}`'s on its validation split. `benchmarks/generation.py`, on {place(result)}."
+    )
+    compared = table(("", "ours", "over", "ratio", "target"), rows)
+    return "\n\n".join((compared, table(("dtype", "tokens/s, one text", "perplexity"), costs), how))
+
+
 def seeds() -> str:
     """The parity runs one by one."""
     rows = [
@@ -197,3 +231,15 @@ def sample() -> str:
     sections = (RESULTS / SAMPLED / "samples.md").read_text(encoding="utf-8").split("\n## ")
     head, _, text = sections[-1].partition("\n")
     return f"*{head}*\n\n{text.strip(chr(10))}"
+
+
+def preparation() -> str:
+    """prepare.py against plain tiktoken."""
+    found = read("prepare")
+    bpe, big = found["gpt2"], found["large"]
+    return (
+        f"Measured (`prepare.py`, {place(found)}): GPT-2's tokens {ranged(bpe['ratio'], 1)} times as fast as one thread of "
+        f"plain `tiktoken`, {ranged(bpe['ratio_of_processor_time'], 1)} times in processor time alone; characters at "
+        f"{ranged(found['char']['megabytes_per_second'], 0)} MB/s; {big['megabytes'] / 1000:.1f} GB of text in "
+        f"{big['peak_memory_megabytes']:.0f} MB of memory."
+    )

@@ -22,6 +22,7 @@ from tinygpt import cli
 from tinygpt.config import (
     EvaluateConfig,
     ExportConfig,
+    PrepareConfig,
     SampleConfig,
     TrainConfig,
     UserError,
@@ -35,7 +36,13 @@ from tinygpt.targets import check_node
 from tinygpt.trainer import check_trainer
 
 CONF = ROOT / "conf"
-SCHEMAS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig, "export": ExportConfig}
+SCHEMAS = {
+    "train": TrainConfig,
+    "prepare": PrepareConfig,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+}
 CHOICES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/**/*.yaml"))
 
 
@@ -87,7 +94,7 @@ def test_conf_is_found():
 def test_every_choice_composes_and_can_be_built(choice):
     group, _, name = choice.rpartition("/")
     value = f"[default,{name}]" if group == "callbacks" and name != "none" else name
-    more = ("data.path=x",) if choice == "data/text" else ()
+    more = ("data.path=x",) if choice in ("data/text", "data/hf") else ()
     config = compose("train", f"{group}={value}", *more)
     with torch.device("meta"):
         model = GPT(config.model, vocab_size=65)
@@ -104,7 +111,7 @@ def test_every_choice_composes_and_can_be_built(choice):
 @pytest.mark.parametrize("path", [*CONF.glob("model/*.yaml"), *CONF.glob("optimizer/*.yaml"), *CONF.glob("data/*.yaml")])
 def test_what_a_file_says_arrives(path):
     said = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
-    more = ("data.path=x",) if path.stem == "text" else ()
+    more = ("data.path=x",) if path.stem in ("text", "hf") else ()
     config = getattr(compose("train", f"{path.parent.name}={path.stem}", *more), path.parent.name)
     assert arrived(config, said) == said
 

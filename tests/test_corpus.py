@@ -9,12 +9,14 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygpt import corpus as module
+from tinygpt import files
 from tinygpt.config import DataConfig, UserError
 from tinygpt.corpus import cache_dir, data_dir, gpt2_merges, open_corpus
 from tinygpt.files import Download, fetch, obtain
@@ -238,6 +240,8 @@ def test_folders_come_from_the_argument_then_the_environment(monkeypatch):
 
 class Quiet(SimpleHTTPRequestHandler):
     failures = 0
+    breaks_after = None
+    starts: ClassVar[list[int]] = []
 
     def log_message(self, *args):
         pass
@@ -246,8 +250,23 @@ class Quiet(SimpleHTTPRequestHandler):
         if Quiet.failures:
             Quiet.failures -= 1
             self.send_error(503)
+        elif Quiet.breaks_after is not None:
+            self.send_part()
         else:
             super().do_GET()
+
+    def send_part(self):
+        """From where the Range header says, and no more than `breaks_after` bytes of what was promised."""
+        content, wanted = Path(self.translate_path(self.path)).read_bytes(), self.headers["Range"]
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        Quiet.starts.append(start)
+        if start >= len(content):
+            self.send_error(416)
+            return
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start : start + Quiet.breaks_after])
 
 
 @pytest.fixture
@@ -300,6 +319,50 @@ def test_a_download_with_the_wrong_content_is_not_kept(address, tmp_path):
     message = refused(f"{address}/input.txt", tmp_path / "data/input.txt")
     assert f"expected {SHA256}" in message
     assert hashlib.sha256(CONTENT + b"!").hexdigest() in message
+
+
+@pytest.fixture
+def breaking(address, tmp_path, monkeypatch):
+    """A server whose connections break after 65,536 bytes; the file it has, and where it is to go."""
+    (tmp_path / "public/input.txt").write_bytes(CONTENT)
+    monkeypatch.setattr(Quiet, "breaks_after", 2**16)
+    monkeypatch.setattr(Quiet, "starts", [])
+    return f"{address}/input.txt", tmp_path / "data/input.txt"
+
+
+def test_a_download_that_broke_off_is_gone_on_with(breaking):
+    url, target = breaking
+    for _ in range(3):
+        with pytest.raises(UserError, match="cannot download"):
+            fetch(url, SHA256, target)
+        assert not target.exists()
+    fetch(url, SHA256, target)
+    assert target.read_bytes() == CONTENT
+    assert Quiet.starts == [0, 2**16, 2**17, 3 * 2**16]
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("left", [b"another file's beginning", CONTENT, CONTENT + b"more"])
+def test_what_is_left_of_another_download_does_no_harm(breaking, monkeypatch, left):
+    url, target = breaking
+    monkeypatch.setattr(Quiet, "breaks_after", 10**6)
+    target.parent.mkdir()
+    target.with_name(".input.txt.part").write_bytes(left)
+    fetch(url, SHA256, target)
+    assert target.read_bytes() == CONTENT
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_two_downloads_at_once_do_not_mix(breaking, monkeypatch):
+    url, target = breaking
+    monkeypatch.setattr(Quiet, "breaks_after", 10**6)
+    target.parent.mkdir()
+    with files._part(target) as other:
+        other.file.write(b"of another process")
+        other.file.flush()
+        fetch(url, SHA256, target)
+        assert other.path.read_bytes() == b"of another process"
+    assert target.read_bytes() == CONTENT
 
 
 def test_a_page_that_is_not_there_is_an_error(address, tmp_path):

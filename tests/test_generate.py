@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import tinygpt
 from tinygpt import generate as module
 from tinygpt.config import ModelConfig, SampleConfig, UserError
+from tinygpt.decode import Decoder
 from tinygpt.generate import (
     Continuation,
     KVCache,
@@ -220,8 +221,9 @@ def test_past_the_block_the_newest_half_is_read_again():
 
 def test_with_the_cache_a_token_costs_one_token(monkeypatch):
     model, read = make_model(block_size=8), []
-    features = model.features
+    features, step = model.features, Decoder.__call__
     monkeypatch.setattr(model, "features", lambda idx, cache: read.append(idx.shape[1]) or features(idx, cache))
+    monkeypatch.setattr(Decoder, "__call__", lambda self, token: read.append(token[0].numel()) or step(self, token))
     tokens(model, ids(1, 3), 12, GREEDY)
     assert read == [3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4]
 

@@ -13,10 +13,14 @@ PACKAGE = ROOT / "tinygpt"
 # From the bottom up: a module may import those of the lines above its own.
 LAYERS = (
     ("config", "summary", "lean"),
-    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep"),
-    ("imdb", "tokens", "documents"),
+    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory"),
+    ("imdb", "tokens", "documents", "streams"),
     ("corpus",),
+    ("pieces",),
+    ("writer", "meter"),
+    ("workspace",),
     ("optim", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
+    ("decode", "precision"),
     ("generate",),
     ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
     ("checkpoint",),
@@ -33,8 +37,9 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "matplotlib", "tiktoken", "tokenizers", "rich")
 TORCH_OR_LESS = (
-    *("tokenizer", "model", "optim", "cache", "generate", "engine", "checkpoint", "pretrained", "hub"),
-    *("corpus", "shards", "batches", "terminal", "tokenizer_files", "model_card"),
+    *("tokenizer", "model", "optim", "memory", "cache", "decode", "precision", "generate", "engine", "checkpoint"),
+    *("pretrained", "hub", "corpus", "streams", "pieces", "writer", "workspace", "meter", "shards", "batches", "terminal"),
+    *("tokenizer_files", "model_card"),
 )
 
 
@@ -101,7 +106,7 @@ def script(verb, *arguments):
     return SCRIPT.format(argv=[str(ROOT / f"{verb}.py"), *arguments])
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "prepare"])
 def test_help_waits_for_no_torch(verb, tmp_path):
     found = loaded(script(verb, "--help"), tmp_path, *HEAVY)
     assert found <= {"hydra", "omegaconf"}

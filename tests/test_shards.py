@@ -18,9 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygpt import corpus as corpus_module
+from tinygpt import pieces, workspace, writer
 from tinygpt import shards as module
 from tinygpt.config import DataConfig, TokenizerConfig, UserError
-from tinygpt.shards import Tokens, first_part, prepare, recut
+from tinygpt.pieces import first_part, recut
+from tinygpt.shards import prepare
 from tinygpt.tokenizer import (
     GPT2_PATTERN,
     BPETokenizer,
@@ -29,6 +31,7 @@ from tinygpt.tokenizer import (
     Tokenizer,
     WordTokenizer,
 )
+from tinygpt.tokens import Tokens
 
 KINDS = ("char", "byte", "word", "bpe")
 
@@ -144,15 +147,16 @@ def test_pieces_have_the_tokens_of_the_whole(chunks):
 
 def test_a_text_is_cut_before_the_last_space_and_cut_anyway_when_long(monkeypatch):
     assert list(recut(["one two th", "ree  \n ", " four", ""])) == ["one two", " three", "  \n  four"]
-    monkeypatch.setattr(module, "LONGEST_CARRY", 8)
+    monkeypatch.setattr(pieces, "LONGEST_CARRY", 8)
     assert list(recut(["abc"] * 4)) == ["abcabcabc", "abc"]
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "word"])
 def test_memory_stays_bounded(tmp_path, cache, monkeypatch, kind):
     monkeypatch.setattr(corpus_module, "CHUNK_SIZE", 2**15)
+    monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 2**15)
     path = tmp_path / "long.txt"
-    path.write_text("so long a text \n" * 2**17)
+    path.write_text("so long a text \n" * 2**18)
     tracemalloc.start()
     prepare(config(path, kind), cache, cache)
     _, peak = tracemalloc.get_traced_memory()
@@ -164,7 +168,7 @@ def test_memory_stays_bounded(tmp_path, cache, monkeypatch, kind):
 
 
 def test_the_folder_says_what_it_holds(file, cache, rhyme, monkeypatch):
-    monkeypatch.setattr(module, "SHARD_TOKENS", 500)
+    monkeypatch.setattr(writer, "SHARD_TOKENS", 500)
     prepared = prepare(config(file), cache, cache)
     told = manifest(prepared)
     assert prepared.folder.parent == cache
@@ -321,8 +325,30 @@ def test_what_a_killed_process_left_does_no_harm(file, cache, tmp_path):
 # Several at once
 
 
-def test_whoever_is_second_uses_the_tokens_of_the_first(file, cache, monkeypatch):
+def test_whoever_is_second_waits_for_the_first(file, cache, monkeypatch):
+    fill, filling, waited, results = module._fill, threading.Event(), threading.Event(), []
+
+    def slow(*arguments):
+        assert not filling.is_set(), "the work is done twice"
+        filling.set()
+        assert waited.wait(20)
+        fill(*arguments)
+
+    monkeypatch.setattr(module, "_fill", slow)
+    monkeypatch.setattr(workspace.log, "warning", lambda message: "waiting for it" in message and waited.set())
+    threads = [threading.Thread(target=lambda: results.append(prepare(config(file), cache, cache))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2
+    assert results[0].folder == results[1].folder
+    assert visible(cache) == [results[0].folder.name]
+
+
+def test_without_locks_whoever_is_second_uses_the_tokens_of_the_first(file, cache, monkeypatch):
     """Both build to the end before either gives its folder the final name."""
+    monkeypatch.setattr(workspace, "_lock", lambda folder: None)
     ready, publish, results = threading.Barrier(2, timeout=20), module._publish, []
 
     def together(folder, target):

@@ -135,8 +135,8 @@ class TokenizerConfig:
                 )
 
 
-CORPORA = ("pydocs", "shakespeare", "books", "imdb", "text")
-OF_DOCUMENTS = ("imdb",)  # the corpora that know where each of their documents begins
+CORPORA = ("pydocs", "shakespeare", "books", "imdb", "text", "hf")
+OF_DOCUMENTS = ("imdb", "hf")  # the corpora that know where each of their documents begins
 
 
 @dataclass
@@ -144,10 +144,24 @@ class DataConfig:
     """Which text, which tokens, which batches."""
 
     corpus: str = option("pydocs", "where the text comes from", choices=CORPORA)
-    path: str | None = option(None, "corpus=text: a file, a folder or a glob (.gz and .xz are unpacked)")
+    path: str | None = option(
+        None,
+        "corpus=text: a file, a folder or a glob (.gz and .xz are unpacked); "
+        "corpus=hf: a data set of the Hugging Face hub, or a folder of parquet or JSON-lines files",
+    )
+    subset: str | None = option(None, "hf: the configuration of the data set, where it has several")
+    revision: str | None = option(None, "hf: a branch, tag or commit of the data set; null: its newest")
+    hf_split: str = option("train", "hf: which of the data set's own splits is read")
+    column: str = option("text", "hf: the column that holds the text")
+    max_documents: int | None = option(None, "hf: read the first so many documents; null: all", ge=1)
     tokenizer: TokenizerConfig = group(TokenizerConfig, "how text becomes tokens")
     clean: bool = option(False, "imdb: lower case; tags and every character but a-z and white space deleted")
-    val_fraction: float = option(0.1, "the part kept for validation: the last of the text but for the test's", gt=0, lt=1)
+    val_fraction: float = option(
+        0.1,
+        "the part kept for validation: the last of the text but for the test's; hf: by a hash of each document",
+        gt=0,
+        lt=1,
+    )
     test_fraction: float = option(0.0, "the part kept for evaluate.py split=test: the very last of the text", ge=0, lt=1)
     val_tokens: int | None = option(None, "validate on the first so many tokens; null: the whole split", ge=2)
     layout: str = option(
@@ -162,12 +176,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check(self, "data.")
-        if self.corpus == "text" and not self.path:
-            raise UserError("data=text needs data.path", "give a file, a folder or a glob: data.path=my.txt")
-        if self.corpus != "text" and self.path:
-            raise UserError(
-                f"data.path has no meaning for the corpus {self.corpus}", "say data=text to train on your own text"
-            )
+        self._check_place()
         if self.val_fraction + self.test_fraction >= 1:
             raise UserError(
                 f"data.val_fraction={self.val_fraction} and data.test_fraction={self.test_fraction} leave no training text",
@@ -181,15 +190,35 @@ class DataConfig:
                 f"use data.layout=stream, or a corpus of documents: {', '.join(OF_DOCUMENTS)}",
             )
 
+    def _check_place(self) -> None:
+        if self.corpus in _PLACES and not self.path:
+            raise UserError(f"data={self.corpus} needs data.path", _PLACES[self.corpus])
+        if self.corpus not in _PLACES and self.path:
+            raise UserError(
+                f"data.path has no meaning for the corpus {self.corpus}", "say data=text to train on your own text"
+            )
+        for name in ("subset", "revision", "max_documents"):
+            if self.corpus != "hf" and getattr(self, name) is not None:
+                raise UserError(f"data.{name} has no meaning for the corpus {self.corpus}", "it is for data=hf")
+
+
+_PLACES = {
+    "text": "give a file, a folder or a glob: data.path=my.txt",
+    "hf": "give a data set of the hub, or a folder: data.path=roneneldan/TinyStories",
+}
+
 
 @dataclass
 class OptimizerConfig:
     """The update rule and the learning rate over the run."""
 
-    name: str = option("adamw", "the update rule", choices=("adamw",))
+    name: str = option("adamw", "the update rule; muon: Muon for the blocks' matrices", choices=("adamw", "muon"))
     lr: float = option(1e-3, "peak learning rate", gt=0)
     betas: list[float] = option([0.9, 0.99], "decay of the two running moments")
     eps: float = option(1e-8, "added to the denominator", gt=0)
+    muon_lr: float = option(0.02, "muon: peak learning rate of the matrices; lr is that of all else", gt=0)
+    muon_momentum: float = option(0.95, "muon: decay of the gradients' running mean", ge=0, lt=1)
+    muon_weight_decay: float = option(0.0, "muon: decay of the matrices", ge=0)
     weight_decay: float = option(0.1, "decay of matrices and embeddings; vectors are never decayed", ge=0)
     grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping", ge=0)
     schedule: str = option(
@@ -221,6 +250,11 @@ class TrainConfig:
     logger: dict[str, Any] = option({}, "Lightning loggers, by name")
     callbacks: dict[str, Any] = option({}, "Lightning callbacks, by name")
     seed: int = option(1337, "decides initial weights, batches and dropout", ge=0, lt=2**63)
+    matmul_precision: str = option(
+        "high",
+        "products of float32: exact | TF32 on a GPU | bfloat16 | bfloat16 where there are units for it, else high",
+        choices=("highest", "high", "medium", "fastest"),
+    )
     compile: bool = option(False, "compile the model with torch.compile (pays on long runs)")
     resume: str | None = option(None, "auto, or a checkpoint or run directory to continue from")
     init_from: str | None = option(None, "weights (with shape and tokenizer) to start from: whatever ckpt= may be")
@@ -259,7 +293,23 @@ REFUSED_TRAINER_ARGUMENTS = {
 }
 
 
+DTYPES = ("fp32", "bf16", "int8")
+DTYPE_HELP = "the weights: as trained | half the bytes | matrices as 8-bit integers; each writes faster than the one before"
+
 CKPT = "a .ckpt file, a run directory, latest, an exported directory, hf:NAME or hf:DIR"
+
+
+@dataclass
+class PrepareConfig:
+    """A corpus as tokens, ahead of the training that will find them."""
+
+    data: DataConfig = group(DataConfig, "text and tokens")
+    data_dir: str | None = option(None, "where corpora live; null: $TINYGPT_DATA_DIR, else data/")
+    cache_dir: str | None = option(None, "where tokens are kept; null: $TINYGPT_CACHE_DIR, else data/cache")
+    debug: bool = option(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        check(self, "")
 
 
 @dataclass
@@ -279,6 +329,7 @@ class SampleConfig:
     seed: int | None = option(None, "the same seed draws the same text; null: a new one each time", ge=0, lt=2**63)
     interactive: bool = option(False, "a >> prompt that streams; quit or Ctrl-D ends it")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("fp32", DTYPE_HELP, choices=DTYPES)
     debug: bool = option(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:
@@ -299,6 +350,7 @@ class EvaluateConfig:
     data: DataConfig | None = option(None, "another text (data=text data.path=...); null: the checkpoint's own corpus")
     batch_size: int = option(32, "windows per forward pass", ge=1)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("fp32", DTYPE_HELP, choices=DTYPES)
     data_dir: str | None = option(None, "where corpora live; null: $TINYGPT_DATA_DIR, else data/")
     cache_dir: str | None = option(None, "where tokens are kept; null: $TINYGPT_CACHE_DIR, else data/cache")
     debug: bool = option(False, "show the traceback of an error")
@@ -326,6 +378,7 @@ class ServeConfig:
     max_body_bytes: int = option(2**20, "bytes of one request", ge=1024)
     timeout: float = option(30.0, "seconds that a request may take to arrive", gt=0)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("fp32", DTYPE_HELP, choices=DTYPES)
     debug: bool = option(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Where text comes from: the reference inside CPython, known files with a checksum, or the user's own files.
+"""Where text comes from: the reference inside CPython, known files with a checksum, the user's own files, or the hub.
 
 A corpus is read in chunks, as often as is needed, in bounded memory. Text is UTF-8 and arrives as it is
 written: line ends are not translated (CRLF stays CRLF), and only a byte order mark at the start of a file is
@@ -22,6 +22,7 @@ from typing import IO
 from tinygpt import imdb
 from tinygpt.config import DataConfig, UserError
 from tinygpt.files import Download, obtain, open_packed, reading
+from tinygpt.streams import Stream
 
 CHUNK_SIZE = 2**20
 """Bytes of a file (characters of a text in memory) that are read at a time."""
@@ -51,6 +52,7 @@ class Corpus:
     fingerprint: str
     read: Callable[[], Iterator[str]]
     documents: bool = False
+    stream: Stream | None = None  # where the documents are read from once, and gone on with
 
     def chunks(self) -> Iterator[str]:
         """The text from its start, about CHUNK_SIZE at a time.
@@ -182,12 +184,20 @@ def _text(config: DataConfig, data_dir: Path) -> Corpus:  # noqa: ARG001 (the pa
     return Corpus("text", fingerprint, lambda: _read_files(paths))
 
 
+def _hf(config: DataConfig, data_dir: Path) -> Corpus:  # noqa: ARG001 (it is read, not kept)
+    stream = Stream.of(config)
+    return Corpus(
+        stream.name, stream.fingerprint(), lambda: (f"\n{text}" for text in stream.read()), documents=True, stream=stream
+    )
+
+
 _CORPORA: dict[str, Callable[[DataConfig, Path], Corpus]] = {
     "pydocs": _pydocs,
     "shakespeare": _shakespeare,
     "books": _books,
     "imdb": _imdb,
     "text": _text,
+    "hf": _hf,
 }
 
 

@@ -4,11 +4,14 @@ import gzip
 import hashlib
 import logging
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple
 from uuid import uuid4
 
 from tinygpt.config import UserError
@@ -53,25 +56,67 @@ def verify(path: Path, sha256: str, hint: str) -> None:
 def fetch(url: str, sha256: str, target: Path) -> None:
     """Download `url` to `target`, which appears only when it is whole and its sha256 is right.
 
-    Raises UserError.
+    What came before the connection broke or the process was killed is kept, and not asked for again. Raises UserError.
     """
     import requests
 
     advice = f"put the file {url} (sha256 {sha256}) in the folder {target.parent.absolute()} as {target.name}"
-    part = target.with_name(f".{target.name}.{uuid4().hex}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        found = _download(url, part)
-        if found != sha256:
-            raise UserError(f"{url} has changed: its sha256 is {found}, expected {sha256}", advice)
-        part.replace(target)
+        with _part(target) as part:
+            found = _download(url, part)
+            if found != sha256 and part.resumed:  # the beginning may have been another file's
+                part.file.truncate(0)
+                found = _download(url, part)
+            if found != sha256:
+                part.file.truncate(0)
+                raise UserError(f"{url} has changed: its sha256 is {found}, expected {sha256}", advice)
+            part.path.replace(target)
     except requests.RequestException as error:
         raise UserError(f"cannot download {url} ({_reason(error)})", advice) from error
     except OSError as error:
         message = f"cannot write {target}: {error.strerror or error}"
         raise UserError(message, f"{advice}; or name another folder with data_dir= or $TINYGPT_DATA_DIR") from error
-    finally:
-        _remove(part)
+
+
+@dataclass
+class _Part:
+    """The beginning of a download."""
+
+    path: Path
+    file: BinaryIO
+    resumed: bool = False
+
+
+@contextmanager
+def _part(target: Path) -> Iterator[_Part]:
+    """The file beside `target` that an interrupted download left, or a new one; empty, it is removed again.
+
+    Where another process is writing to it, it is a file of this process's own.
+    """
+    path = target.with_name(f".{target.name}.part")
+    file = path.open("a+b")
+    if not _locked(file, path):
+        file.close()
+        path = target.with_name(f".{target.name}.{uuid4().hex}.part")
+        file = path.open("a+b")
+    with file:
+        try:
+            yield _Part(path, file)
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                path.unlink(missing_ok=True)
+
+
+def _locked(file: BinaryIO, path: Path) -> bool:
+    """Whether the file is this process's now, and still has its name: another may just have finished it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (ImportError, OSError):  # no such locks here, or another process has it
+        return False
 
 
 def _reason(error: Exception) -> str:
@@ -82,28 +127,32 @@ def _reason(error: Exception) -> str:
     return getattr(inner, "strerror", None) or str(inner)
 
 
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return  # its folder never was, or may not be written: an error about that is on its way
-
-
-def _download(url: str, target: Path) -> str:
-    """Write the body of `url` to `target`; its sha256."""
+def _download(url: str, part: _Part) -> str:
+    """Append to `part` what it has not yet of the body of `url`; the sha256 of the whole."""
     from rich.console import Console
     from rich.progress import Progress
 
-    digest = hashlib.sha256()
-    with _session() as session, session.get(url, stream=True, timeout=_TIMEOUT) as response:
-        response.raise_for_status()
-        with target.open("wb") as file, Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(f"downloading {url.rsplit('/', 1)[-1]}", total=_size(response))
-            for block in response.iter_content(2**16):
-                file.write(block)
-                digest.update(block)
-                progress.advance(task, len(block))
-    return digest.hexdigest()
+    start = part.file.seek(0, os.SEEK_END)
+    headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"} if start else {}
+    with _session() as session, session.get(url, stream=True, timeout=_TIMEOUT, headers=headers) as response:
+        part.resumed = response.status_code == HTTPStatus.PARTIAL_CONTENT
+        if response.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            response.raise_for_status()
+            if not part.resumed:
+                part.file.truncate(0)
+            with Progress(console=Console(stderr=True), transient=True) as progress:
+                done = start if part.resumed else 0
+                total = _size(response)
+                label = f"downloading {url.rsplit('/', 1)[-1]}"
+                task = progress.add_task(label, total=total and total + done, completed=done)
+                for block in response.iter_content(2**16):
+                    part.file.write(block)
+                    progress.advance(task, len(block))
+        else:
+            part.resumed = True  # it may be whole
+    part.file.flush()
+    with part.path.open("rb") as whole:
+        return hashlib.file_digest(whole, "sha256").hexdigest()
 
 
 def _session() -> "Session":

@@ -13,6 +13,10 @@ EXAMPLES = {
         "python train.py model=llama_nano optimizer.lr=3e-3 trainer.max_steps=500",
         "python train.py -m model=nano,llama_nano optimizer.lr=1e-3,3e-3",
     ),
+    "prepare": (
+        "python prepare.py data=text data.path=my.txt data/tokenizer=gpt2",
+        "python prepare.py data=tinystories data.max_documents=100000",
+    ),
     "sample": (
         'python sample.py ckpt=latest prompt="To be" temperature=0.8 top_k=50',
         "python sample.py ckpt=latest interactive=true",

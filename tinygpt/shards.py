@@ -3,46 +3,37 @@
 A prepared corpus is a folder below the cache: `train-00000.bin`, `val-00000.bin` and so on (little-endian
 ids, nothing else), `train-documents.bin` where the corpus is made of documents, `tokenizer.json`, and a
 `manifest.json` that says what they are. It is built under a temporary name and renamed, so that a folder
-with the final name is whole, whoever was killed on the way.
+with the final name is whole, whoever was killed on the way; the next one goes on where that one stopped.
 """
 
 import errno
 import hashlib
 import json
 import logging
-import os
-import shutil
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Self
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
 
 from tinygpt.config import DataConfig, TokenizerConfig, UserError
 from tinygpt.corpus import Corpus, gpt2_merges, open_corpus
-from tinygpt.tokenizer import Ids, State, Tokenizer, UnknownCharacter, build, from_state, token_dtype
+from tinygpt.meter import progress
+from tinygpt.pieces import SPLITS, Reader, StreamReader, Survey, TextReader, batches, changed, sizes, training_texts
+from tinygpt.tokenizer import Texts, Tokenizer, build, from_state
 from tinygpt.tokens import Tokens
+from tinygpt.workspace import private, workspace
+from tinygpt.writer import JOURNAL, Manifest, Writer, documents_file, encoded, encoder, sync, write_json
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-SHARD_TOKENS = 2**27
-LONGEST_CARRY = 2**22
-"""Characters without a safe place to cut after which a text is cut anyway."""
 
-SPLITS = ("train", "val", "test")
-
-_PROGRESS_BYTES = 50_000_000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEARNED_WITH = {"word": ("min_frequency", "specials"), "bpe": ("vocab_size",)}
-
-Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,7 @@ class Prepared:
 
 
 def prepare(config: DataConfig, data_dir: Path, cache_dir: Path, tokenizer: Tokenizer | None = None) -> Prepared:
-    """The corpus as tokens: from the cache, or built now.
+    """The corpus as tokens: from the cache, or built now, which goes on where an interrupted process stopped.
 
     With a `tokenizer` the text is encoded by it, whatever the config says of tokenizers. Raises UserError
     where the text cannot be had, read or encoded, or the cache not be written.
@@ -74,14 +65,17 @@ def prepare(config: DataConfig, data_dir: Path, cache_dir: Path, tokenizer: Toke
     wanted |= {"val_fraction": config.val_fraction, "test_fraction": config.test_fraction}
     wanted |= {"fingerprint": tokenizer.fingerprint()} if tokenizer else {"settings": _settings(config.tokenizer)}
     family = f"{corpus.name}-{tokenizer.kind if tokenizer else config.tokenizer.kind}"
-    found = _find(cache_dir, family, wanted)
-    if found:
+    if found := _find(cache_dir, family, wanted):
         return found
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
     target = cache_dir / f"{family}-{key}"
-    with _writing(cache_dir), _workspace(target) as folder:
-        _fill(folder, wanted, config, corpus, data_dir, tokenizer)
-        return _publish(folder, target)
+    with _writing(cache_dir), workspace(target) as folder:
+        found = _find(cache_dir, family, wanted)  # another process may have been first
+        if not found:
+            if not (folder / "manifest.json").exists():  # else it was killed when only the name was left to give
+                _fill(folder, wanted, config, corpus, data_dir, tokenizer)
+            found = _publish(folder, target)
+        return found
 
 
 def _settings(config: TokenizerConfig) -> dict[str, Any]:
@@ -120,17 +114,13 @@ def _load(folder: Path) -> Prepared | None:
 def _tokens(folder: Path, manifest: Manifest, split: str) -> Tokens:
     dtype, entry = np.dtype(manifest["dtype"]), manifest["splits"][split]
     sizes = {shard["file"]: shard["tokens"] * dtype.itemsize for shard in entry["shards"]}
-    documents = {_documents_file(split): 8 * (entry["documents"] + 1)} if entry["documents"] is not None else {}
+    documents = {documents_file(split): 8 * (entry["documents"] + 1)} if entry["documents"] is not None else {}
     for file, expected in (sizes | documents).items():
         size = (folder / file).stat().st_size
         if size != expected:
             raise ValueError(f"{file} has {size} bytes instead of {expected}")
     counts = [shard["tokens"] for shard in entry["shards"]]
     return Tokens([folder / file for file in sizes], counts, dtype.str, [(folder / file, 0) for file in documents])
-
-
-def _documents_file(split: str) -> str:
-    return f"{split}-documents.bin"
 
 
 @contextmanager
@@ -147,19 +137,10 @@ def _writing(cache_dir: Path) -> Iterator[None]:
         raise UserError(message, elsewhere) from error
 
 
-@contextmanager
-def _workspace(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, hidden, removed in the end if it still has its name."""
-    folder = target.with_name(f".{target.name}.{uuid4().hex}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _publish(folder: Path, target: Path) -> Prepared:
     """Give the folder its final name, unless another process was first: then its tokens are as good."""
+    (folder / JOURNAL).unlink(missing_ok=True)
+    sync(folder)
     try:
         folder.rename(target)
     except OSError:
@@ -169,7 +150,7 @@ def _publish(folder: Path, target: Path) -> Prepared:
         if winner:
             return winner
         _replace(folder, target)
-    _sync(target.parent)
+    sync(target.parent)
     prepared = _load(target)
     assert prepared
     return prepared
@@ -177,33 +158,9 @@ def _publish(folder: Path, target: Path) -> Prepared:
 
 def _replace(folder: Path, target: Path) -> None:
     """Put `folder` where something damaged is."""
-    with _workspace(target) as rubbish:
+    with private(target) as rubbish:
         target.rename(rubbish / target.name)
         folder.rename(target)
-
-
-@dataclass(frozen=True)
-class _Survey:
-    units: int  # what a split is counted in: documents, or where the text is one, characters
-    bytes: int
-    sha256: str
-
-
-def _survey(corpus: Corpus) -> _Survey:
-    """Read the whole text once, to know where it splits. Raises UserError if there is none."""
-    units, size, digest = 0, 0, hashlib.sha256()
-    for chunk in corpus.chunks():
-        data = chunk.encode()
-        digest.update(data)
-        units, size = units + (1 if corpus.documents else len(chunk)), size + len(data)
-    if not units:
-        raise UserError(f"the corpus {corpus.name} is empty", "a text is needed to train on or to evaluate")
-    return _Survey(units, size, digest.hexdigest())
-
-
-def first_part(units: int, *left_out: float) -> int:
-    """How many of so many characters or documents come before these fractions: exact, where int(10 * (1 - 0.9)) is 0."""
-    return int(units * (1 - sum(Fraction(str(fraction)) for fraction in left_out)))
 
 
 def _fill(
@@ -214,181 +171,79 @@ def _fill(
     data_dir: Path,
     tokenizer: Tokenizer | None,
 ) -> None:
-    """Write the shards, the tokenizer and the manifest of the corpus into an empty folder."""
-    survey = _survey(corpus)
-    train = first_part(survey.units, config.val_fraction, config.test_fraction)
-    val = first_part(survey.units, config.test_fraction)
-    spans = {"train": (0, train), "val": (train, val), "test": (val, survey.units)}
+    """Write the shards, the tokenizer and the manifest of the corpus into the folder, or the rest of them."""
+    journal = _journal(folder, wanted)
+    if journal:
+        tokenizer = from_state(_read_json(folder / "tokenizer.json"))
+    else:
+        journal, tokenizer = _begin(folder, wanted, config, corpus, data_dir, tokenizer)
+    place, survey = journal.get("place"), journal["survey"]
+    reader: Reader = (
+        StreamReader(corpus.stream, config, place)
+        if corpus.stream
+        else TextReader(corpus, sizes(survey["units"], config), place)
+    )
+    writer = Writer(folder, tokenizer.vocab_size, reader.documents, journal)
+    with progress(survey.get("characters"), config.max_documents, place) as show:
+        for batch, ids in encoded(batches(reader), encoder(tokenizer, corpus.stream is not None)):
+            writer.write(batch, ids)
+            show(batch.place)
+    splits, end = writer.close(), reader.place()
+    if corpus.stream:
+        _refuse_empty(corpus, config, splits)
+    elif end["characters"] != survey["characters"] or open_corpus(config, data_dir).fingerprint != corpus.fingerprint:
+        raise changed(corpus)
+    manifest = {"corpus": corpus.name, "sha256": end["sha256"], "fingerprint": tokenizer.fingerprint()}
+    write_json(folder / "manifest.json", wanted | manifest | {"dtype": writer.dtype.str, "splits": splits})
+
+
+def _journal(folder: Path, wanted: Manifest) -> Manifest | None:
+    """How far an interrupted process came; None where it had not finished a part."""
+    try:
+        journal = _read_json(folder / JOURNAL)
+    except (OSError, ValueError):
+        return None
+    return journal if journal.get("wanted") == wanted else None
+
+
+def _begin(
+    folder: Path, wanted: Manifest, config: DataConfig, corpus: Corpus, data_dir: Path, tokenizer: Tokenizer | None
+) -> tuple[Manifest, Tokenizer]:
+    """Read the text once, to know where it splits, and learn the tokenizer; a stream is read for what is learned alone."""
+    for path in folder.iterdir():
+        path.unlink()
+    survey = Survey(corpus)
+    if corpus.stream:
+        texts: Texts = corpus.chunks
+    elif tokenizer is None and config.tokenizer.kind == "char":
+        texts = survey.read  # both at once
+    else:
+        texts = corpus.chunks
+        deque(survey.read(), maxlen=0)
     tokenizer = tokenizer or build(
         config.tokenizer,
-        corpus.chunks,
-        lambda: _pieces(corpus, *spans["train"]),
+        texts,
+        lambda: training_texts(corpus, config, survey.units),
         lambda: gpt2_merges(data_dir),
     )
-    writer = _Writer(folder, tokenizer, corpus.documents)
-    with _progress(survey) as advance:
-        splits = {name: writer.split(name, _pieces(corpus, *span), advance) for name, span in spans.items()}
-    if writer.sha256() != survey.sha256:
-        raise UserError(f"the corpus {corpus.name} changed while it was being read", "start again when it is complete")
-    _write_json(folder / "tokenizer.json", tokenizer.state())
-    manifest = {"corpus": corpus.name, "sha256": survey.sha256, "fingerprint": tokenizer.fingerprint()}
-    _write_json(folder / "manifest.json", wanted | manifest | {"dtype": writer.dtype.str, "splits": splits})
-    _sync(folder)
+    write_json(folder / "tokenizer.json", tokenizer.state())
+    known = {} if corpus.stream else {"units": survey.units, "characters": survey.characters}
+    journal = {"wanted": wanted, "survey": known}
+    write_json(folder / JOURNAL, journal)
+    return journal, tokenizer
 
 
-def _pieces(corpus: Corpus, start: int, stop: int) -> Iterator[str]:
-    """The documents from `start` to `stop`; or the characters, cut where it makes no difference to tokens."""
-    return islice(corpus.chunks(), start, stop) if corpus.documents else recut(_span(corpus.chunks(), start, stop))
+def _refuse_empty(corpus: Corpus, config: DataConfig, splits: Manifest) -> None:
+    """A split by chance may leave nothing to validate on."""
+    documents = {name: entry["documents"] for name, entry in splits.items()}
+    for name in ("train", "val"):
+        if not documents[name]:
+            raise UserError(
+                f"of the {sum(documents.values())} documents of {corpus.name} none is in the {name} split",
+                f"read more of them (data.max_documents), or change data.val_fraction={config.val_fraction}",
+            )
 
 
-def _span(chunks: Iterable[str], start: int, stop: int) -> Iterator[str]:
-    position = 0
-    for chunk in chunks:
-        if position >= stop:
-            return
-        part = chunk[max(start - position, 0) : stop - position]
-        if part:
-            yield part
-        position += len(chunk)
-
-
-def recut(chunks: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces that end before a space or newline that follows a non-space.
-
-    No tokenizer here has a token (a word, or what BPE merges within) that reaches over such a place, so the
-    pieces have the tokens of the whole. LONGEST_CARRY characters without one are cut all the same, to bound
-    the memory.
-    """
-    carry = ""
-    for chunk in chunks:
-        carry += chunk
-        cut = _last_safe_cut(carry) or (len(carry) if len(carry) >= LONGEST_CARRY else 0)
-        if cut:
-            yield carry[:cut]
-            carry = carry[cut:]
-    if carry:
-        yield carry
-
-
-def _last_safe_cut(text: str) -> int:
-    """Where the last run of spaces begins that follows a non-space; 0 if nowhere."""
-    end = len(text)
-    while (end := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) > 0:
-        before = len(text[:end].rstrip())
-        if before == end:
-            return end
-        # The run begins earlier, maybe with a character that only Python calls a space: look at it again.
-        end = before + 1
-    return 0
-
-
-class _Writer:
-    """Encodes the splits of a corpus into shards of SHARD_TOKENS tokens, and hashes the text on the way."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, documents: bool) -> None:
-        self.dtype = token_dtype(tokenizer.vocab_size)
-        self._folder, self._tokenizer, self._documents = folder, tokenizer, documents
-        self._digest, self._position = hashlib.sha256(), 0
-
-    def sha256(self) -> str:
-        """That of all text so far."""
-        return self._digest.hexdigest()
-
-    def split(self, name: str, pieces: Iterable[str], advance: Callable[[int], None]) -> Manifest:
-        """Write the next split; its entry in the manifest."""
-        counts, ends = {"characters": 0, "bytes": 0, "tokens": 0}, array("q", [0])
-        with _Shards(self._folder, name) as shards:
-            for piece in pieces:
-                ids = self._encode(piece)
-                shards.write(ids.astype(self.dtype, copy=False))
-                data = piece.encode()
-                self._digest.update(data)
-                for unit, amount in zip(counts, (len(piece), len(data), len(ids)), strict=True):
-                    counts[unit] += amount
-                self._position += len(piece)
-                ends.append(counts["tokens"])
-                advance(len(data))
-        if self._documents:
-            _write(self._folder / _documents_file(name), np.array(ends, dtype="<i8").tobytes())
-        return {**counts, "documents": len(ends) - 1 if self._documents else None, "shards": shards.entries}
-
-    def _encode(self, piece: str) -> Ids:
-        try:
-            return self._tokenizer.encode_array(piece)
-        except UnknownCharacter as error:  # it counted from the start of the piece
-            raise UnknownCharacter(error.character, self._position + error.position) from None
-
-
-class _Shards:
-    """The files of one split, each begun when the one before is full."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.entries: list[dict[str, Any]] = []
-        self._folder, self._split = folder, split
-        self._file: BinaryIO | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._file:
-            with self._file as file:
-                _flush(file)
-
-    def write(self, ids: Ids) -> None:
-        while len(ids):
-            if self._file is None or self.entries[-1]["tokens"] == SHARD_TOKENS:
-                self._file = self._next()
-            part = ids[: SHARD_TOKENS - self.entries[-1]["tokens"]]
-            self._file.write(part.tobytes())
-            self.entries[-1]["tokens"] += len(part)
-            ids = ids[len(part) :]
-
-    def _next(self) -> BinaryIO:
-        self._close()
-        name = f"{self._split}-{len(self.entries):05d}.bin"
-        self.entries.append({"file": name, "tokens": 0})
-        return (self._folder / name).open("wb")
-
-
-def _write_json(path: Path, value: Manifest | State) -> None:
-    _write(path, json.dumps(value, indent=1).encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        _flush(file)
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder last; other systems than POSIX have no way to ask for it."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _progress(survey: _Survey) -> Iterator[Callable[[int], None]]:
-    """What to call as bytes are done: a bar on stderr for a big corpus, nothing for a small one."""
-    if survey.bytes < _PROGRESS_BYTES:
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("tokenising", total=survey.bytes)
-        yield lambda done: progress.advance(task, done)
+def _read_json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
