@@ -167,23 +167,27 @@ def _steps(
     block, device = model.config.block_size, model.wte.weight.device
     generator = torch.Generator(device)
     generator.manual_seed(generator.seed() if seed is None else seed)
-    start, end = max(0, idx.shape[1] - block), idx.shape[1]  # the window that the model sees
-    text = torch.cat((idx.to(device), idx.new_zeros(len(idx), max_new_tokens, device=device)), dim=1)
-    seen = seen_tokens(text[:, :end], model.vocab_size) if sampling.repetition_penalty != 1 else None
-    reader = Reader(model, min(block, end + max_new_tokens)) if use_cache else None
+    idx = idx.to(device)
+    seen = seen_tokens(idx, model.vocab_size) if sampling.repetition_penalty != 1 else None
+    window = idx.new_zeros(len(idx), block + 1)  # what the model sees, and the token after it
+    length = min(block, idx.shape[1])
+    window[:, :length] = idx[:, -length:]
+    reader = Reader(model, min(block, length + max_new_tokens)) if use_cache else None
     with evaluating(model):
         for _ in range(max_new_tokens):
-            if end - start > block:
-                start = end - max(1, block // 2)
+            if length > block:
+                kept = max(1, block // 2)
+                window[:, :kept] = window[:, length - kept : length].clone()
+                length = kept
                 if reader is not None:
                     reader.cache.clear()
-            window = text[:, start:end]
-            logits = last_logits(model, window, None) if reader is None else reader.logits(window)
+            text = window[:, :length]
+            logits = last_logits(model, text, None) if reader is None else reader.logits(text)
             token = choose(logits, seen, sampling, generator)
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
-            text[:, end] = token
-            end += 1
+            window[:, length] = token
+            length += 1
             yield token
 
 
