@@ -48,7 +48,7 @@ lint: $(VENV)/dev.stamp
 	$(VENV)/bin/hadolint Dockerfile
 
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # A stamp is written last, so that an interrupted set-up is taken up again. torch comes first, and shows its progress:
 # it is by far the largest. A build of torch that is already there (the CPU build, say) is kept.

@@ -5,16 +5,18 @@ from pathlib import Path
 
 from tinygpt import cli
 from tinygpt.config import EvaluateConfig, UserError
+from tinygpt.lean import lean_imports
 
 
 def work(config: EvaluateConfig, run_dir: Path, overrides: list[str]) -> None:
-    from tinygpt import checkpoint as ckpt  # torch, which --help does not wait for
-    from tinygpt.corpus import cache_dir, data_dir
-    from tinygpt.evaluate import evaluate
-    from tinygpt.shards import prepare
+    with lean_imports():  # torch, which --help does not wait for
+        from tinygpt import checkpoint as ckpt
+        from tinygpt.corpus import cache_dir, data_dir
+        from tinygpt.evaluate import evaluate
+        from tinygpt.shards import prepare
 
     name, opened = ckpt.open_any(config.ckpt)
-    model, tokenizer = ckpt.rebuild(opened, ckpt.pick_device(config.device))
+    model, tokenizer = ckpt.rebuild(opened, ckpt.pick_device(config.device), config.dtype)
     data = config.data or ckpt.stored_data(opened["tinygpt"])
     prepared = prepare(data, data_dir(config.data_dir), cache_dir(config.cache_dir), tokenizer)
     ckpt.check_vocabulary(opened, prepared.tokenizer)
@@ -30,7 +32,7 @@ def work(config: EvaluateConfig, run_dir: Path, overrides: list[str]) -> None:
     how = {"batch_size": config.batch_size, "limit": limit, "layout": data.layout, "rows": config.rows}
     metrics = evaluate(model, tokens, lengths, **how)
     where = {"checkpoint": name, "corpus": prepared.corpus, "sha256": prepared.sha256, "split": config.split}
-    print(json.dumps({**metrics, **where, "rows": config.rows}))
+    print(json.dumps({**metrics, **where, "rows": config.rows, "dtype": config.dtype}))
 
 
 if __name__ == "__main__":

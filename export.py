@@ -4,10 +4,12 @@ from pathlib import Path
 
 from tinygpt import cli
 from tinygpt.config import ExportConfig
+from tinygpt.lean import quick_imports
 
 
 def work(config: ExportConfig, run_dir: Path, overrides: list[str]) -> None:
-    from tinygpt.export import export  # torch, which --help does not wait for
+    with quick_imports():  # torch, which --help does not wait for
+        from tinygpt.export import export
 
     print(export(config))
 

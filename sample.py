@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt import cli
 from tinygpt.config import SampleConfig, UserError, unescape
+from tinygpt.lean import quick_imports
 
 if TYPE_CHECKING:
     from tinygpt.model import GPT
@@ -13,11 +14,12 @@ if TYPE_CHECKING:
 
 
 def work(config: SampleConfig, run_dir: Path, overrides: list[str]) -> None:
-    from tinygpt.checkpoint import load_for_text, pick_device  # torch, which --help does not wait for
-    from tinygpt.generate import generate_many, opening, options
-    from tinygpt.terminal import chat, warn_if_cropped
+    with quick_imports():  # torch, which --help does not wait for
+        from tinygpt.checkpoint import load_for_text, pick_device
+        from tinygpt.generate import generate_many, opening, options
+        from tinygpt.terminal import chat, warn_if_cropped
 
-    model, tokenizer = load_for_text(config.ckpt, pick_device(config.device))
+    model, tokenizer = load_for_text(config.ckpt, pick_device(config.device), config.dtype)
     settings = options(config) | {"stop": [unescape(text) for text in config.stop]}
     if config.interactive:
         chat(model, tokenizer, **settings)

@@ -4,11 +4,13 @@ from pathlib import Path
 
 from tinygpt import cli
 from tinygpt.config import ServeConfig, UserError
+from tinygpt.lean import quick_imports
 
 
 def work(config: ServeConfig, run_dir: Path, overrides: list[str]) -> None:
     try:
-        from tinygpt.serve import serve  # torch and FastAPI, which --help does not wait for
+        with quick_imports():  # torch and FastAPI, which --help does not wait for
+            from tinygpt.serve import serve
     except ModuleNotFoundError as error:
         raise UserError(f"the server needs the package {error.name}", "pip install -e '.[serve]'") from error
     serve(config)

@@ -4,10 +4,12 @@ from pathlib import Path
 
 from tinygpt import cli
 from tinygpt.config import TrainConfig
+from tinygpt.lean import lean_imports
 
 
 def work(config: TrainConfig, run_dir: Path, overrides: list[str]) -> float | None:
-    from tinygpt.run import train  # torch and Lightning, which --help does not wait for
+    with lean_imports():  # torch and Lightning, which --help does not wait for
+        from tinygpt.run import train
 
     return train(config, run_dir, overrides)
 

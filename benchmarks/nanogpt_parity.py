@@ -66,9 +66,9 @@ def load_peer(file: Path) -> GPT:
     return model
 
 
-def train_ours(seed: int, out: Path) -> dict:
+def train_ours(seed: int, out: Path, experiment: str = "shakespeare_char_cpu") -> dict:
     run = out / f"tinygpt-{seed}"
-    command = [sys.executable, "train.py", "experiment=shakespeare_char_cpu", f"seed={seed}", f"hydra.run.dir={run}"]
+    command = [sys.executable, "train.py", f"experiment={experiment}", f"seed={seed}", f"hydra.run.dir={run}"]
     if not (run / "summary.json").exists():
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return json.loads((run / "summary.json").read_text())

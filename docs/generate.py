@@ -27,6 +27,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "seeds": results.seeds,
     "sample": results.sample,
     "serving": results.serving,
+    "generation": results.generation,
     "preparation": results.preparation,
     "letters": shapes.letters,
     "imdb-prepared": imdb.prepared,

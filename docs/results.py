@@ -105,6 +105,40 @@ def serving() -> str:
     return f"{table(head, rows)}\n\n{how} in brackets. `benchmarks/serving.py`, on {place(result)}."
 
 
+def generation() -> str:
+    """How fast text is written, against peers and the machine's limit, and what smaller numbers cost."""
+    if not (RESULTS / "generation.json").exists():
+        return "Not measured yet; `benchmarks/generation.py` does it."
+    result = read("generation")
+    rows = [
+        (
+            row["part"],
+            row["ours"],
+            row["peer"],
+            f"{row['ratio']['median']:.2f} ({row['ratio']['min']:.2f} to {row['ratio']['max']:.2f})",
+            f"{row['target']}" if row["target"] else "",
+        )
+        for row in result["comparisons"]
+    ]
+    speeds, exact = result["tokens_per_second"]["64 tokens"], result["perplexity"]["fp32"]
+    costs = [
+        (
+            f"`{dtype}`",
+            ranged(speeds[f"tinygpt {dtype}"], 0),
+            f"{result['perplexity'][dtype]:.4f} ({100 * (result['perplexity'][dtype] / exact - 1):+.2f}%)",
+        )
+        for dtype in ("fp32", "bf16", "int8")
+    ]
+    model = f"`{result['shape']}` with random weights, {result['prompt_tokens']} tokens of prompt, greedy"
+    how = (
+        f"{model}; {result['threads']} threads, {result['rounds']} rounds: median of the rounds' ratios, and range; "
+        "mean tokens/s, and range. `limit` is the reading of all fp32 weights once a token. The perplexity is a trained "
+        f"`{result['perplexity']['model']}`'s on its validation split. `benchmarks/generation.py`, on {place(result)}."
+    )
+    compared = table(("", "ours", "over", "ratio", "target"), rows)
+    return "\n\n".join((compared, table(("dtype", "tokens/s, one text", "perplexity"), costs), how))
+
+
 def seeds() -> str:
     """The parity runs one by one."""
     rows = [

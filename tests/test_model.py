@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tinygpt.config import ModelConfig, OptimizerConfig, UserError
 from tinygpt.generate import Sampling, stream_tokens
 from tinygpt.hub import from_gpt2, from_llama, gpt2_config, llama_config
-from tinygpt.model import GPT
+from tinygpt.model import GPT, SquaredReLU, activate, attend_by_products
 from tinygpt.optim import make_optimizer
 
 GPT2 = {"vocab_size": 50, "n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 3}
@@ -324,3 +324,20 @@ def test_plain_positions_and_mask_change_nothing():
     idx = torch.arange(8)[None]
     same = model(idx, positions=torch.arange(8), mask=torch.ones(8, 8, dtype=torch.bool).tril())
     torch.testing.assert_close(same, model(idx))
+
+
+def test_squared_relu_has_the_gradient_that_autograd_finds():
+    x = torch.randn(5, 7, requires_grad=True, dtype=torch.float64)
+    assert torch.autograd.gradcheck(SquaredReLU.apply, (x,))
+    torch.testing.assert_close(activate(x, "relu2"), x.relu() ** 2)
+
+
+def test_attention_by_products_is_attention(monkeypatch):
+    q, k, v = (torch.randn(2, 3, 9, 4, requires_grad=True) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(attend_by_products(q, k, v), expected)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    model = GPT(ModelConfig(n_layer=2, n_head=3, n_embd=24, block_size=16), 11)
+    idx = torch.randint(11, (2, 16))
+    training = model.train()(idx)
+    torch.testing.assert_close(training, model.eval()(idx))

@@ -1,4 +1,4 @@
-"""Which parameters decay, and the learning rate at each step."""
+"""Which parameters decay, what Muon does to a matrix, and the learning rate at each step."""
 
 import math
 from itertools import pairwise
@@ -8,7 +8,7 @@ import torch
 
 from tinygpt.config import ModelConfig, OptimizerConfig
 from tinygpt.model import GPT
-from tinygpt.optim import learning_rate, make_optimizer, param_groups
+from tinygpt.optim import Muon, block_matrices, learning_rate, make_optimizer, orthogonalise, param_groups
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
 SHAPES = {
@@ -22,7 +22,7 @@ SHAPES = {
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
 def test_the_groups_partition_the_parameters(options):
     model = GPT(ModelConfig(**SHAPE, **options), vocab_size=50)
-    decayed, kept = (group["params"] for group in param_groups(model, 0.1))
+    decayed, kept = (group["params"] for group in param_groups(model.parameters(), 0.1))
     names = {id(p): name for name, p in model.named_parameters()}  # a shared one once
     assert sorted(id(p) for p in [*decayed, *kept]) == sorted(names)
     assert sum(p.numel() for p in [*decayed, *kept]) == model.num_parameters()
@@ -34,7 +34,60 @@ def test_the_groups_partition_the_parameters(options):
 def test_a_frozen_parameter_is_in_no_group():
     model = GPT(ModelConfig(**SHAPE), vocab_size=50)
     model.wpe.weight.requires_grad_(False)
-    assert not any(p is model.wpe.weight for group in param_groups(model, 0.1) for p in group["params"])
+    assert not any(p is model.wpe.weight for group in param_groups(model.parameters(), 0.1) for p in group["params"])
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
+def test_muon_moves_a_matrix_as_torchs_muon_does(shape, monkeypatch):
+    # torch's multiplies in bfloat16 always, ours where that is asked for
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    one = Muon([(ours, [shape[0]])], [], muon_lr=0.1, momentum=0.9, muon_weight_decay=0.3)
+    other = torch.optim.Muon([theirs], lr=0.1, momentum=0.9, weight_decay=0.3)
+    for _ in range(4):
+        before, ours.grad = ours.detach().clone(), torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        one.step()
+        other.step()
+        assert (ours - before).norm() > 0.1
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+
+
+def test_newton_schulz_brings_every_singular_value_near_one():
+    x = torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(orthogonalise(x))
+    assert 0.6 < values.min() < values.max() < 1.3
+    torch.testing.assert_close(orthogonalise(x)[1:2], orthogonalise(x[1:2]))
+
+
+def test_muon_takes_the_joined_matrices_apart():
+    torch.manual_seed(0)
+    joined = torch.nn.Parameter(torch.zeros(24, 8))
+    parts = [torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(3)]
+    joined.grad = torch.randn(24, 8)
+    for part, gradient in zip(parts, joined.grad.split(8), strict=True):
+        part.grad = gradient.clone()
+    Muon([(joined, [8, 8, 8])], []).step()
+    Muon([(part, [8]) for part in parts], []).step()
+    torch.testing.assert_close(joined.detach(), torch.cat([part.detach() for part in parts]))
+
+
+@pytest.mark.parametrize("options", [*SHAPES.values(), {"n_kv_head": 1, "mlp": "relu2"}], ids=[*SHAPES, "grouped"])
+def test_with_muon_every_parameter_is_updated_once_by_one_rule(options):
+    model = GPT(ModelConfig(**SHAPE, **options), vocab_size=50)
+    optimizer = make_optimizer(model, OptimizerConfig(name="muon", muon_lr=0.02, lr=0.001))
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    matrices = block_matrices(model)
+    assert len(matrices) == 4 * SHAPE["n_layer"]
+    assert all(sum(rows) == weight.shape[0] for weight, rows in matrices)
+    assert optimizer.param_groups[0]["lr_ratio"] == pytest.approx(20)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randint(50, (2, 16))).square().mean().backward()
+    optimizer.step()
+    assert all(not torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
 
 
 def test_adamw_takes_what_the_config_says():

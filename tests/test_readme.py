@@ -36,7 +36,8 @@ def shrink(words):
         return words
     steps = "trainer.max_steps=4" if "resume=latest" in words else "trainer.max_steps=2"
     model = ["data.val_tokens=500"] if {"resume=latest", "init_from=latest", "init_from=hf:my-model"} & set(words) else TINY
-    budget = [] if any(word.startswith("trainer.max_epochs") for word in words) else [steps]
+    epochs = any(word.startswith("trainer.max_epochs") for word in words)
+    budget = ["data=text", "data.path=my.txt"] if epochs else [steps]
     return [*words, *model, *budget, "data.global_batch_size=4" if not {"resume=latest"} & set(words) else "seed=1337"]
 
 

@@ -115,6 +115,17 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch, 
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
 
 
+def test_muon_and_adamw_resume_as_one(tmp_path, monkeypatch):
+    hard = {**HARD, "optimizer": {"name": "muon"}}
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole", **hard)
+    with monkeypatch.context() as patch:
+        killed(patch, 14)
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path, **hard)
+    assert_same_run(run(tmp_path, resume="auto", **hard), whole)
+
+
 def test_ctrl_c_during_the_first_validation_saves_too(tmp_path, monkeypatch, whole):
     real = LitGPT.validation_step
 

@@ -1,6 +1,7 @@
 """The `>>` prompt: through a pipe and on a real terminal; its settings, its history, and each way to end text or session."""
 
 import contextlib
+import io
 import os
 import select
 import signal
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt import terminal
+from tinygpt import GPT, ModelConfig, UserError, terminal
+from tinygpt.tokenizer import CharTokenizer
 
 # A session on a small random model, as a process of its own.
 SESSION = """
@@ -28,15 +30,11 @@ chat(model, tokenizer, max_new_tokens=int(sys.argv[1]), seed=1)
 ROOT = Path(__file__).parents[1]
 
 
-def session(typed):
-    command = [sys.executable, "-c", SESSION, "20"]
-    utf8 = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-    return subprocess.run(command, input=typed, capture_output=True, cwd=ROOT, env=utf8, timeout=60)
-
-
 @pytest.fixture(scope="module")
 def piped():
-    done = session(b"abc\nabc\nxyz\n\nabcdefghab\nquit\nabc\n")
+    command, typed = [sys.executable, "-c", SESSION, "20"], b"abc\nabc\nxyz\n\nabcdefghab\nquit\nabc\n"
+    utf8 = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=typed, capture_output=True, cwd=ROOT, env=utf8, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode(), done.stderr.decode()
 
@@ -62,11 +60,17 @@ def test_what_is_said_about_the_text_goes_to_stderr(piped):
     assert "Traceback" not in stderr
 
 
-def test_the_end_of_input_ends_the_session():
-    done = session(b"abc")
-    assert done.returncode == 0
-    assert done.stdout.count(b">> ") == 2
-    assert b"Traceback" not in done.stderr
+def inside(monkeypatch, typed):
+    """A session in this process, through a pipe."""
+    tokenizer = CharTokenizer("abcdefgh ")
+    model = GPT(ModelConfig(n_layer=1, n_embd=16, block_size=8), tokenizer.vocab_size)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
+    terminal.chat(model, tokenizer, max_new_tokens=20, seed=1)
+
+
+def test_the_end_of_input_ends_the_session(monkeypatch, capsys):
+    inside(monkeypatch, b"abc")
+    assert capsys.readouterr().out.count(">> ") == 2
 
 
 @pytest.mark.parametrize("word", ["quit", " exit "])
@@ -77,8 +81,9 @@ def test_a_word_ends_the_session(monkeypatch, word):
     assert lines == ["a second line"]
 
 
-def test_input_that_is_no_text_is_a_user_error():
-    assert b"UserError: the input is not in the terminal's encoding" in session(b"\xff\xfe\n").stderr
+def test_input_that_is_no_text_is_a_user_error(monkeypatch):
+    with pytest.raises(UserError, match="the input is not in the terminal's encoding"):
+        inside(monkeypatch, b"\xff\xfe\n")
 
 
 @contextlib.contextmanager
@@ -171,7 +176,7 @@ def test_a_history_that_has_grown_long_is_cut(tmp_path, monkeypatch):
 
 def test_a_pipe_leaves_no_history(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert session(b"abc\n").returncode == 0
+    inside(monkeypatch, b"abc\n")
     assert list(tmp_path.iterdir()) == []
 
 

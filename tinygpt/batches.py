@@ -15,6 +15,7 @@ from torch import Tensor
 
 IGNORED = -1  # a target that no token fills: padding
 VALIDATION_LOGITS = 2**24  # logits per validation batch: 64 MiB in float32
+VALIDATION_TOKENS = 2**11  # on a CPU: tokens per validation batch; of more, what a layer makes leaves its cache
 
 Integers = NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -121,6 +122,12 @@ class BatchOrder:
     def read(self, tokens: TokenSource, step: int, share: slice) -> Batch:
         """The windows of step `step` that `share` picks."""
         return Batch(torch.from_numpy(tokens.windows(self.starts(step)[share], self.block_size + 1)))
+
+
+def validation_rows(block_size: int, vocab_size: int, device: str) -> int:
+    """Windows in a validation batch on such a device (cpu, cuda, mps)."""
+    rows = min(64, VALIDATION_LOGITS // (block_size * vocab_size))
+    return max(1, min(rows, VALIDATION_TOKENS // block_size) if device == "cpu" else rows)
 
 
 def validation_windows(tokens: TokenSource, block_size: int, limit: int | None = None) -> int:

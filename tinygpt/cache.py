@@ -11,13 +11,13 @@ SMALLEST = 64  # a ragged cache grows from so many tokens by doubling
 class KVCache:
     """Keys and values of the tokens already read, for one batch; `length` tokens are held, `capacity` fit.
 
-    The buffers, (B, K, capacity, D) per layer, are made when the first tokens come, and then only written to.
+    The buffers, (2, B, K, capacity, D) per layer, keys before values, are made when the first tokens come, and then only
+    written to.
     """
 
     def __init__(self, n_layer: int, capacity: int) -> None:
         self.n_layer, self.capacity, self.length = n_layer, capacity, 0
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        self.buffers: list[Tensor] = []
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v, each (B, K, T, D), to a layer's and return all of them: (B, K, length + T, D).
@@ -25,18 +25,17 @@ class KVCache:
         Layers come in order, and the last one moves `length` on, so that all see the same length in one
         forward pass.
         """
-        if layer == len(self._keys):
-            shape = (*k.shape[:2], self.capacity, k.shape[3])
-            self._keys.append(k.new_empty(shape))
-            self._values.append(v.new_empty(shape))
+        if layer == len(self.buffers):
+            self.buffers.append(k.new_empty(2, *k.shape[:2], self.capacity, k.shape[3]))
         start, end = self.length, self.length + k.shape[2]
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit into a cache of {self.capacity}")
-        self._keys[layer][:, :, start:end] = k
-        self._values[layer][:, :, start:end] = v
+        keys, values = self.buffers[layer]
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
         if layer == self.n_layer - 1:
             self.length = end
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
     def clear(self) -> None:
         """Forget the tokens, keep the buffers."""

@@ -19,6 +19,7 @@ import torch
 from tinygpt.config import DataConfig, ModelConfig, TokenizerConfig, UserError
 from tinygpt.hub import assemble
 from tinygpt.model import GPT
+from tinygpt.precision import convert
 from tinygpt.pretrained import PREFIX, Pretrained, is_export, open_folder, open_hub
 from tinygpt.tokenizer import Tokenizer, from_state
 
@@ -39,21 +40,23 @@ def make_card(model: GPT, tokenizer: Tokenizer, config: dict[str, Any], corpus: 
 
 
 def load(
-    ckpt: str | Path, device: str | torch.device = "cpu", block_size: int | None = None
+    ckpt: str | Path, device: str | torch.device = "cpu", block_size: int | None = None, dtype: str = "fp32"
 ) -> tuple[GPT, Tokenizer | None]:
-    """The model (in eval mode) and the tokenizer of a checkpoint; `block_size` shortens its context.
+    """The model (in eval mode) and the tokenizer of a checkpoint.
+
+    `block_size` shortens its context; dtype (fp32, bf16 or int8) is what the weights become, see precision.py.
 
     `ckpt` is a .ckpt file, a run directory (its best), "latest", an exported directory, "hf:NAME" or "hf:DIR". The
     tokenizer is None where hf: brings none that tinygpt can express. Raises UserError where there is no such
     checkpoint, or where it is damaged or not of a kind that tinygpt has.
     """
     _, checkpoint = open_any(ckpt)
-    return rebuild(checkpoint if block_size is None else crop(checkpoint, block_size), device)
+    return rebuild(checkpoint if block_size is None else crop(checkpoint, block_size), device, dtype)
 
 
-def load_for_text(ckpt: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
+def load_for_text(ckpt: str | Path, device: str | torch.device = "cpu", dtype: str = "fp32") -> tuple[GPT, Tokenizer]:
     """As `load`, for those who need the tokenizer: UserError where there is none."""
-    model, tokenizer = load(ckpt, device)
+    model, tokenizer = load(ckpt, device, dtype=dtype)
     if tokenizer is None:
         raise UserError(f"{ckpt} brings no tokenizer that tinygpt can express", NO_TOKENIZER)
     return model, tokenizer
@@ -103,9 +106,12 @@ def crop(checkpoint: dict[str, Any], block_size: int) -> dict[str, Any]:
     return {**checkpoint, "tinygpt": {**card, "model": asdict(shape)}, "state_dict": weights}
 
 
-def rebuild(checkpoint: dict[str, Any], device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer | None]:
+def rebuild(
+    checkpoint: dict[str, Any], device: str | torch.device = "cpu", dtype: str = "fp32"
+) -> tuple[GPT, Tokenizer | None]:
     """The model, in eval mode, and the tokenizer of an opened checkpoint."""
-    return build_model(checkpoint).to(device).eval(), stored_tokenizer(checkpoint)
+    model = build_model(checkpoint).to(device).eval()
+    return model if dtype == "fp32" else convert(model, dtype), stored_tokenizer(checkpoint)
 
 
 def stored_tokenizer(checkpoint: dict[str, Any]) -> Tokenizer | None:

@@ -212,10 +212,13 @@ _PLACES = {
 class OptimizerConfig:
     """The update rule and the learning rate over the run."""
 
-    name: str = option("adamw", "the update rule", choices=("adamw",))
+    name: str = option("adamw", "the update rule; muon: Muon for the blocks' matrices", choices=("adamw", "muon"))
     lr: float = option(1e-3, "peak learning rate", gt=0)
     betas: list[float] = option([0.9, 0.99], "decay of the two running moments")
     eps: float = option(1e-8, "added to the denominator", gt=0)
+    muon_lr: float = option(0.02, "muon: peak learning rate of the matrices; lr is that of all else", gt=0)
+    muon_momentum: float = option(0.95, "muon: decay of the gradients' running mean", ge=0, lt=1)
+    muon_weight_decay: float = option(0.0, "muon: decay of the matrices", ge=0)
     weight_decay: float = option(0.1, "decay of matrices and embeddings; vectors are never decayed", ge=0)
     grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping", ge=0)
     schedule: str = option(
@@ -247,6 +250,11 @@ class TrainConfig:
     logger: dict[str, Any] = option({}, "Lightning loggers, by name")
     callbacks: dict[str, Any] = option({}, "Lightning callbacks, by name")
     seed: int = option(1337, "decides initial weights, batches and dropout", ge=0, lt=2**63)
+    matmul_precision: str = option(
+        "high",
+        "products of float32: exact | TF32 on a GPU | bfloat16 | bfloat16 where there are units for it, else high",
+        choices=("highest", "high", "medium", "fastest"),
+    )
     compile: bool = option(False, "compile the model with torch.compile (pays on long runs)")
     resume: str | None = option(None, "auto, or a checkpoint or run directory to continue from")
     init_from: str | None = option(None, "weights (with shape and tokenizer) to start from: whatever ckpt= may be")
@@ -285,6 +293,9 @@ REFUSED_TRAINER_ARGUMENTS = {
 }
 
 
+DTYPES = ("fp32", "bf16", "int8")
+DTYPE_HELP = "the weights: as trained | half the bytes | matrices as 8-bit integers; each writes faster than the one before"
+
 CKPT = "a .ckpt file, a run directory, latest, an exported directory, hf:NAME or hf:DIR"
 
 
@@ -318,6 +329,7 @@ class SampleConfig:
     seed: int | None = option(None, "the same seed draws the same text; null: a new one each time", ge=0, lt=2**63)
     interactive: bool = option(False, "a >> prompt that streams; quit or Ctrl-D ends it")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("fp32", DTYPE_HELP, choices=DTYPES)
     debug: bool = option(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:
@@ -338,6 +350,7 @@ class EvaluateConfig:
     data: DataConfig | None = option(None, "another text (data=text data.path=...); null: the checkpoint's own corpus")
     batch_size: int = option(32, "windows per forward pass", ge=1)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("fp32", DTYPE_HELP, choices=DTYPES)
     data_dir: str | None = option(None, "where corpora live; null: $TINYGPT_DATA_DIR, else data/")
     cache_dir: str | None = option(None, "where tokens are kept; null: $TINYGPT_CACHE_DIR, else data/cache")
     debug: bool = option(False, "show the traceback of an error")
@@ -365,6 +378,7 @@ class ServeConfig:
     max_body_bytes: int = option(2**20, "bytes of one request", ge=1024)
     timeout: float = option(30.0, "seconds that a request may take to arrive", gt=0)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("fp32", DTYPE_HELP, choices=DTYPES)
     debug: bool = option(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:

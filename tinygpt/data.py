@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tinygpt.batches import IGNORED, VALIDATION_LOGITS, Batch, BatchOrder, Order, TokenSource, validation_windows
+from tinygpt.batches import IGNORED, Batch, BatchOrder, Order, TokenSource, validation_rows, validation_windows
 from tinygpt.config import UserError
 from tinygpt.documents import PackedOrder, PaddedOrder
 from tinygpt.evaluate import window_batch
@@ -89,8 +89,8 @@ class TextData(L.LightningDataModule):
         super().__init__()
         self.train, self.val, self.val_tokens, self.layout = train, val, val_tokens, layout
         self.order = make_order(train, val, block_size, batch_size, seed, layout)
-        self.block_size, self.total_steps, self.num_workers = block_size, total_steps, num_workers
-        self.val_batch_size = max(1, min(64, VALIDATION_LOGITS // (block_size * vocab_size)))
+        self.block_size, self.vocab_size = block_size, vocab_size
+        self.total_steps, self.num_workers = total_steps, num_workers
         self.start = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,7 +112,9 @@ class TextData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         place = *self._place(), self.layout
-        batches = ValidationBatches(self.val, self.block_size, self.val_tokens, self.val_batch_size, *place)
+        device = self.trainer.strategy.root_device.type if self.trainer else "cpu"
+        rows = validation_rows(self.block_size, self.vocab_size, device)
+        batches = ValidationBatches(self.val, self.block_size, self.val_tokens, rows, *place)
         return self._loader(batches, None, num_workers=0)
 
     def _place(self) -> tuple[int, int]:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinygpt.batches import VALIDATION_LOGITS
+from tinygpt.batches import validation_rows
 from tinygpt.config import ModelConfig, OptimizerConfig
-from tinygpt.model import GPT
+from tinygpt.model import GPT, outline
 from tinygpt.optim import make_optimizer
 
 PROBE_FLOPS = 2e11  # larger steps are not run but extrapolated: a second or two on two CPU cores
@@ -68,9 +68,8 @@ def make_forecast(
     precision: str,
 ) -> Forecast:
     """Measure this device and extrapolate. share: sequences per step on one device. Leaves the random state alone."""
-    with torch.device("meta"):
-        outline = GPT(config, vocab_size)
-    random_state, probe = torch.get_rng_state(), Probe(outline, optimizer, device, precision)
+    shape = outline(config, vocab_size)
+    random_state, probe = torch.get_rng_state(), Probe(shape, optimizer, device, precision)
     micro = micro_batch_size or probe.largest_micro_batch(share)
     micro = min(share, micro)
     step = probe.step_seconds(share, micro)
@@ -78,8 +77,8 @@ def make_forecast(
     peak, memory = matmul_peak(device, precision), probe.memory(micro)
     torch.set_rng_state(random_state)
     return Forecast(
-        parameters=outline.num_parameters(),
-        flops_per_token=flops_per_token(outline),
+        parameters=shape.num_parameters(),
+        flops_per_token=flops_per_token(shape),
         tokens_per_step=share * world_size * config.block_size,
         micro_batch_size=micro,
         steps=steps,
@@ -94,13 +93,13 @@ def make_forecast(
 class Probe:
     """Throw-away models of one shape on one device, and what they were measured to take."""
 
-    def __init__(self, outline: GPT, optimizer: OptimizerConfig, device: torch.device, precision: str) -> None:
-        """outline: the model on the meta device, for its shape."""
-        self.config, self.vocab_size, self.optimizer = outline.config, outline.vocab_size, optimizer
+    def __init__(self, shape: GPT, optimizer: OptimizerConfig, device: torch.device, precision: str) -> None:
+        """shape: the model on the meta device."""
+        self.config, self.vocab_size, self.optimizer = shape.config, shape.vocab_size, optimizer
         self.device, self.context = device, autocast(device, precision)
-        self.flops = flops_per_token(outline) * outline.config.block_size  # of one sequence
+        self.flops = flops_per_token(shape) * shape.config.block_size  # of one sequence
         self.held = resident_bytes() if device.type == "cpu" else 0  # before the probes add to it
-        self.weights = sum(p.numel() * p.element_size() for p in outline.parameters())
+        self.weights = sum(p.numel() * p.element_size() for p in shape.parameters())
 
     def model(self, n_layer: int | None = None) -> GPT:
         return GPT(replace(self.config, n_layer=n_layer or self.config.n_layer), self.vocab_size).to(self.device)
@@ -151,7 +150,7 @@ class Probe:
     def validation_seconds(self, trained: float) -> float:
         """Seconds to validate one window: measured, or where that is too large to try a third of what it takes to train
         on one, which is `trained`."""
-        rows = max(1, min(64, VALIDATION_LOGITS // (self.config.block_size * self.vocab_size)))
+        rows = validation_rows(self.config.block_size, self.vocab_size, self.device.type)
         if self.device.type == "cpu" and self.flops * rows / 3 > PROBE_FLOPS:
             return trained / 3
         model, batch = self.model(), self.tokens(rows)
@@ -163,7 +162,7 @@ class Probe:
             correct: Tensor = (logits.argmax(dim=-1) == batch[:, 1:].flatten()).sum()
             return nll + correct
 
-        return timed(work, self.device, budget=0.3) / rows
+        return timed(work, self.device, budget=0.1) / rows
 
     def memory(self, micro: int) -> int:
         """Bytes at the peak of a step: weights, gradients, two moments, what the backward pass keeps, the logits twice,
@@ -198,7 +197,7 @@ def autocast(device: torch.device, precision: str) -> Callable[[], AbstractConte
     return lambda: torch.autocast(device.type, dtype=dtypes[precision])
 
 
-def timed(work: Callable[[], object], device: torch.device, budget: float = 0.6) -> float:
+def timed(work: Callable[[], object], device: torch.device, budget: float = 0.25) -> float:
     """Seconds of `work`: the median of its repetitions, because a program beside us makes some of them very slow."""
     return statistics.median(repeat(work, device, budget))
 
@@ -239,4 +238,4 @@ def matmul_peak(device: torch.device, precision: str) -> float:
     n = 8192 if device.type == "cuda" else 1024
     dtype = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     a = torch.randn(n, n, device=device, dtype=dtype or torch.float32)
-    return 2 * n**3 / min(repeat(lambda: a @ a, device, budget=0.3))  # a peak: the best of them
+    return 2 * n**3 / min(repeat(lambda: a @ a, device, budget=0.1))  # a peak: the best of them

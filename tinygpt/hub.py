@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tinygpt.config import ModelConfig, UserError
-from tinygpt.model import GPT, inner_width
+from tinygpt.model import GPT, inner_width, outline
 
 HubConfig = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
@@ -136,8 +136,7 @@ def assemble(config: ModelConfig, vocab_size: int, weights: Tensors) -> GPT:
 
     Raises RuntimeError where they do not fit.
     """
-    with torch.device("meta"):
-        model = GPT(config, vocab_size)
+    model = outline(config, vocab_size)
     if config.tie_embeddings:
         weights = {**weights, "lm_head.weight": weights["wte.weight"]}
     model.load_state_dict(weights, assign=True)
@@ -179,8 +178,7 @@ def _on_meta(config: ModelConfig, vocab_size: int, stored: Tensors) -> GPT:
     if config.n_layer > max(len(stored), _MANY_LAYERS):
         raise UserError(f"the model's config.json says {config.n_layer} layers, and there are {len(stored)} tensors", _SAME)
     try:
-        with torch.device("meta"):
-            return GPT(config, vocab_size)
+        return outline(config, vocab_size)
     except RuntimeError as error:  # sizes whose product is no number of bytes
         raise UserError("the model's config.json asks for more memory than any machine has", _SAME) from error
 
@@ -384,8 +382,7 @@ def _llama_settings(model: GPT, end_of_text: int | None) -> dict[str, Any]:
 
 
 def _gpt2_tensors(model: GPT) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        theirs = GPT(replace(model.config, bias=True), model.vocab_size)  # where we have no bias, they have zeros
+    theirs = outline(replace(model.config, bias=True), model.vocab_size)  # where we have no bias, they have zeros
     ours = dict(model.named_parameters())
     return {
         name if name.startswith("lm_head") else f"transformer.{name}": _conv1d(name, ours[name].detach())

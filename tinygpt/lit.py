@@ -58,7 +58,7 @@ class LitGPT(L.LightningModule):
         self.reseed()
         self.last_lr = learning_rate(self.global_step, self.total_steps, self.optimizer_config)
         for group in optimizer.param_groups:
-            group["lr"] = self.last_lr
+            group["lr"] = self.last_lr * group.get("lr_ratio", 1.0)
         loss = self.accumulate(batch)
         grad_norm = self.clip()
         optimizer.step()

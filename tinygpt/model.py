@@ -5,11 +5,12 @@ Words and shapes: B sequences, T tokens in each, C = n_embd channels, H query he
 """
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from tinygpt.config import ModelConfig
 
@@ -52,6 +53,24 @@ def continuation_mask(new: int, total: int, device: torch.device) -> Tensor:
     return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
 
 
+def products_are_faster(q: Tensor) -> bool:
+    """Whether causal attention over q (B, H, T, D) is faster as two batched matrix products.
+
+    torch's fused attention for CPUs multiplies in small tiles, which bfloat16 products (matmul_precision=medium) make three
+    to eight times slower; in long blocks the (T, T) scores cost more than that.
+    """
+    return q.device.type == "cpu" and q.shape[2] <= 256 and torch.get_float32_matmul_precision() == "medium"
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention over q, k and v, each (B, H, T, D), with the scores (B * H, T, T) in memory."""
+    B, H, T, D = q.shape
+    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+    later = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    scores = torch.baddbmm(later, q, k.mT, alpha=1 / math.sqrt(D))
+    return (scores.softmax(-1) @ v).view(B, H, T, D)
+
+
 class Attention(nn.Module):
     """Causal self-attention; with n_kv_head < n_head, groups of query heads share a key/value head (arXiv:2305.13245)."""
 
@@ -67,11 +86,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope | None, cache: Cache | None, mask: Tensor | None) -> Tensor:
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)  # one operation for queries and keys
         if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+            qk = F.rms_norm(qk, (self.head_dim,))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            qk = rotate(qk, *rope)
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = self.attend(q, k, v, mask)  # (B, H, T, D)
@@ -80,6 +100,8 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         new, total = q.shape[2], k.shape[2]
         causal = mask is None and new == total and new > 1
+        if causal and self.training and self.dropout == 0 and self.n_head == self.n_kv_head and products_are_faster(q):
+            return attend_by_products(q, k, v)
         # is_causal aligns to the top left, which is right only where queries and keys are the same tokens.
         if mask is None and 1 < new < total:
             mask = continuation_mask(new, total, q.device)
@@ -101,12 +123,28 @@ def inner_width(config: ModelConfig) -> int:
     return math.ceil(config.n_embd * 8 / 3 / 32) * 32 if config.mlp == "swiglu" else 4 * config.n_embd
 
 
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2 with its gradient in two passes over memory, where autograd takes five: what it costs on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return torch.mul(gradient, positive).mul_(2)
+
+
 def activate(x: Tensor, kind: str) -> Tensor:
     if kind == "swiglu":  # Shazeer 2020, arXiv:2002.05202
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
     if kind == "relu2":  # So et al. 2021, arXiv:2109.08668
-        return F.relu(x).square()
+        squared: Tensor = SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
+        return squared
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
@@ -206,6 +244,21 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         """Parameters, a shared one counted once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def outline(config: ModelConfig, vocab_size: int) -> GPT:
+    """The model on the meta device: its shapes, without memory."""
+    with torch.device("meta"), Undrawn():
+        return GPT(config, vocab_size)
+
+
+class Undrawn(TorchFunctionMode):
+    """Normal values are not drawn. On the meta device there are none, and to draw them torch imports its compiler, which
+    takes as long as torch itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from tinygpt.forecast import Forecast, make_forecast
 from tinygpt.generate import opening
 from tinygpt.lit import LitGPT
 from tinygpt.loggers import finish
+from tinygpt.memory import keep_memory, set_matmul_precision
 from tinygpt.model import GPT
 from tinygpt.plot import draw_curves
 from tinygpt.progress import MetricsWriter, ProgressBar, Throughput
@@ -37,7 +38,7 @@ from tinygpt.trainer import accelerator, check_trainer, make_trainer, precision,
 
 log = logging.getLogger("tinygpt")
 
-STORED = ("model", "data", "optimizer", "trainer", "callbacks", "seed", "compile", "stop_at_loss")
+STORED = ("model", "data", "optimizer", "trainer", "callbacks", "seed", "compile", "matmul_precision", "stop_at_loss")
 FIXED = ("model", "seed")  # what a resumed run may not change, beside corpus, tokenizer and global batch
 ENDS = ("trainer", "stop_at_loss", "callbacks")  # what decides when a run is done
 
@@ -57,6 +58,8 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
             return loss
     check_trainer(config.trainer)
     check_nodes(config)
+    keep_memory()
+    set_matmul_precision(config.matmul_precision)
     device = accelerator(config.trainer)
     init = starting_weights(config, overrides) if config.init_from and started is None else None
     prepared = prepare_data(config, started, init)

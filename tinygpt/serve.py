@@ -128,6 +128,7 @@ def serve(config: ServeConfig) -> None:
         library = Library(
             Limits(config.max_prompt_tokens, config.max_new_tokens, config.max_batch, config.max_waiting),
             pick_device(config.device),
+            config.dtype,
         )
         for name, source in named_checkpoints(config.ckpt).items():
             library.add(name, source)

@@ -220,8 +220,8 @@ class Writing:
 class Library:
     """The models of one server. Those given as a source only are loaded when they are first asked for."""
 
-    def __init__(self, limits: Limits, device: str) -> None:
-        self._limits, self._device = limits, device
+    def __init__(self, limits: Limits, device: str, dtype: str = "fp32") -> None:
+        self._limits, self._device, self._dtype = limits, device, dtype
         self._ready: dict[str, Served] = {}
         self._sources: dict[str, str] = {}
         self._loading = threading.Lock()
@@ -263,7 +263,7 @@ class Library:
 
     def _load(self, name: str) -> Served:
         source = self._sources[name]
-        model, tokenizer = load_for_text(source, self._device)
+        model, tokenizer = load_for_text(source, self._device, self._dtype)
         own_memory(model)
         self._ready[name] = served = Served(name, model, tokenizer, self._limits, created(source))
         return served
@@ -279,7 +279,7 @@ def own_memory(model: GPT) -> None:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.clone(), requires_grad=False))
-    if model.config.tie_embeddings:
+    if model.config.tie_embeddings and isinstance(model.lm_head, nn.Linear):
         model.lm_head.weight = model.wte.weight
 
 
