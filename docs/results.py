@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SAMPLED = "shakespeare_char_cpu/seed-1"
-MEASURED = ("nanogpt_parity", "overhead", "serving", "soak")
+MEASURED = ("nanogpt_parity", "overhead", "serving", "soak", "startup")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def ranged(spread: dict[str, float], digits: int) -> str:
 
 def measured() -> str:
     """Every benchmark that compares us with a peer, or with our own forecast."""
-    parity, overhead, crowd, soak = (read(name) for name in MEASURED)
+    parity, overhead, crowd, soak, startup = (read(name) for name in MEASURED)
     seeds = ", ".join(str(row["seed"]) for row in parity["rows"])
     by_parity, by_overhead = "`nanogpt_parity.py`", "`overhead.py`"
     extra = overhead["extra_megabytes"]
@@ -60,6 +60,16 @@ def measured() -> str:
             by_overhead,
         ),
         ("forecast over measured memory", ranged(overhead["forecast_over_measured_memory"], 2), by_overhead),
+        (
+            "`train.py` to its first optimizer step, nano: seconds more than nanoGPT's `train.py`",
+            ranged(startup["first_step"]["seconds"]["difference"], 1),
+            "`startup.py`",
+        ),
+        (
+            "`sample.py` to its first token: seconds more than `import torch`",
+            ranged(startup["first_token"]["seconds"]["difference"], 2),
+            "`startup.py`",
+        ),
         (
             "tokens/s of 32 clients of the server over one client, gpt2_small",
             ranged(crowd["clients"]["32"]["ratio_to_one_client"], 1),

@@ -100,7 +100,7 @@ def test_an_interrupt_ends_both_and_saves(tmp_path):
     try:
         wait_for(tmp_path / "run" / "metrics.csv", process)
         os.killpg(process.pid, signal.SIGINT)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=90)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
