@@ -113,6 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.megabytes, arguments.rounds, arguments.large = 24, 3, 100
+    load = os.getloadavg()[0]  # what others compute on this machine takes from ours and the peer's
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = tiled(TEXTS, arguments.megabytes)
@@ -123,6 +124,7 @@ def main() -> None:
     result = {
         "rounds": arguments.rounds,
         "threads": cores(),
+        "load_before": load,
         "gpt2": bpe,
         "char": wide,
         "char_ascii": ascii,

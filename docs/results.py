@@ -238,8 +238,10 @@ def preparation() -> str:
     found = read("prepare")
     bpe, big = found["gpt2"], found["large"]
     return (
-        f"Measured (`prepare.py`, {place(found)}): GPT-2's tokens {ranged(bpe['ratio'], 1)} times as fast as one thread of "
-        f"plain `tiktoken`, {ranged(bpe['ratio_of_processor_time'], 1)} times in processor time alone; characters at "
-        f"{ranged(found['char']['megabytes_per_second'], 0)} MB/s; {big['megabytes'] / 1000:.1f} GB of text in "
+        f"Measured by `benchmarks/prepare.py` ({place(found)}; load of other work: {found['load_before']:.1f}): GPT-2's "
+        f"tokens {ranged(bpe['ratio'], 1)} times as fast as one thread of plain `tiktoken`, "
+        f"{ranged(bpe['ratio_of_processor_time'], 1)} times in processor time alone; characters at "
+        f"{ranged(found['char']['megabytes_per_second'], 0)} MB/s, ASCII at "
+        f"{ranged(found['char_ascii']['megabytes_per_second'], 0)} MB/s; {big['megabytes'] / 1000:.1f} GB of text in "
         f"{big['peak_memory_megabytes']:.0f} MB of memory."
     )

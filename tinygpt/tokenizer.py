@@ -84,6 +84,10 @@ class Tokenizer(ABC):
         """The ids of each document, which begins with the end-of-text token where there is one, else with a newline."""
         return [self.encode_array(f"\n{text}") for text in texts]
 
+    def twin(self) -> Self:
+        """An equal tokenizer for another thread; this one, where threads do not get in each other's way."""
+        return self
+
     def encode(self, text: str) -> list[int]:
         """`encode_array` as a list."""
         ids: list[int] = self.encode_array(text).tolist()
@@ -272,6 +276,13 @@ class MergedBytes(Tokenizer):
         except ValueError:  # tiktoken's regular expression gives up in a run of some 100,000 spaces
             return np.concatenate([self._encode(part) for part in _cut_long_spaces(text)])
 
+    def twin(self) -> Self:
+        """Threads that share tiktoken's regular expression wait for each other's scratch memory."""
+        return type(self)(self._ranks(), self._pattern, self.special_tokens)
+
+    def _ranks(self) -> Sequence[bytes]:
+        return self._bytes[: self.vocab_size - len(self.special_tokens)]
+
     def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
         begin = self.special_tokens.get(END_OF_TEXT)
         if begin is None:
@@ -293,10 +304,9 @@ class MergedBytes(Tokenizer):
         return lengths
 
     def state(self) -> State:
-        ranks = self._bytes[: self.vocab_size - len(self.special_tokens)]
         return {
             "kind": self.kind,
-            "ranks": " ".join(base64.b64encode(token).decode() for token in ranks),
+            "ranks": " ".join(base64.b64encode(token).decode() for token in self._ranks()),
             "pattern": self._pattern,
             "special_tokens": dict(self.special_tokens),
         }

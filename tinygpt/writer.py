@@ -6,6 +6,7 @@ after a process that was killed cuts the files back to what the journal says, an
 
 import json
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,12 +31,22 @@ def cores() -> int:
 
 
 def encoder(tokenizer: Tokenizer, streamed: bool) -> Callable[[Batch], list[Ids]]:
-    """What turns a batch into the ids of each piece."""
+    """What turns a batch into the ids of each piece, in any thread: each has a tokenizer of its own."""
+    unused, mine = [tokenizer], threading.local()
+
+    def own() -> Tokenizer:
+        if not hasattr(mine, "tokenizer"):
+            try:
+                mine.tokenizer = unused.pop()
+            except IndexError:
+                mine.tokenizer = tokenizer.twin()
+        found: Tokenizer = mine.tokenizer
+        return found
 
     def encode(batch: Batch) -> list[Ids]:
         if streamed:
-            return tokenizer.encode_documents([piece.text for piece in batch.pieces])
-        return [tokenizer.encode_array(piece.text) for piece in batch.pieces]
+            return own().encode_documents([piece.text for piece in batch.pieces])
+        return [own().encode_array(piece.text) for piece in batch.pieces]
 
     def located(batch: Batch) -> list[Ids]:
         try:
