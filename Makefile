@@ -5,6 +5,8 @@
 # make demo     train a small Shakespeare, once, and open the playground on it
 # make docs     the documentation as a site, in site/
 # make lint     ruff, mypy and hadolint
+# make bench    all comparisons that need no GPU, into benchmarks/results  make bench NANOGPT=path/of/a/checkout
+# make bench-quick   the same in minutes, only shown
 # make test     the tests                                                  make test ARGS="-k tokenizer"
 #
 # PYTHON=python3.12 chooses the interpreter, JOBS=4 the test processes, THREADS=4 the threads of each.
@@ -15,7 +17,7 @@ THREADS ?= 1
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: setup lint test train sample serve demo docs
+.PHONY: setup lint test train sample serve demo docs bench bench-quick
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/core.stamp
@@ -46,6 +48,12 @@ lint: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/hadolint Dockerfile
+
+bench: $(VENV)/dev.stamp
+	$(VENV)/bin/python benchmarks/bench.py --nanogpt "$(NANOGPT)" $(ARGS)
+
+bench-quick: $(VENV)/dev.stamp
+	$(VENV)/bin/python benchmarks/bench.py --quick --nanogpt "$(NANOGPT)" $(ARGS)
 
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)

@@ -11,6 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ELSEWHERE = "TINYGPT_BENCHMARK_RESULTS"  # a folder that benchmarks/bench.py sets
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -35,8 +36,14 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def write_result(name: str, result: dict[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, result: dict[str, Any], quick: bool = False) -> None:
+    """Into benchmarks/results, or where $TINYGPT_BENCHMARK_RESULTS says. A quick run writes only there: the docs' numbers
+    come from whole ones."""
+    elsewhere = os.environ.get(ELSEWHERE)
+    if quick and not elsewhere:
+        return
+    folder = Path(elsewhere) if elsewhere else RESULTS
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {path.relative_to(ROOT)}")
+    print(f"written: {path}")

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -66,9 +67,9 @@ def load_peer(file: Path) -> GPT:
     return model
 
 
-def train_ours(seed: int, out: Path, experiment: str = "shakespeare_char_cpu") -> dict:
+def train_ours(seed: int, out: Path, experiment: str = "shakespeare_char_cpu", overrides: Sequence[str] = ()) -> dict:
     run = out / f"tinygpt-{seed}"
-    command = [sys.executable, "train.py", f"experiment={experiment}", f"seed={seed}", f"hydra.run.dir={run}"]
+    command = [sys.executable, "train.py", f"experiment={experiment}", f"seed={seed}", f"hydra.run.dir={run}", *overrides]
     if not (run / "summary.json").exists():
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return json.loads((run / "summary.json").read_text())

@@ -142,8 +142,7 @@ def main() -> None:
         rate = measured["megabytes_per_second"]
         print(f"{what}: {rate['median']:.0f} MB/s ({rate['min']:.0f} to {rate['max']:.0f})")
     print(f"{big['megabytes']:,.0f} MB of text: {big['peak_memory_megabytes']:.0f} MB of memory")
-    if not arguments.quick:
-        write_result("prepare", result)
+    write_result("prepare", result, quick=arguments.quick)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,7 @@ def main() -> None:
         "rounds": rounds,
     }
     print(json.dumps({name: result[name] for name in ("ratio", "seconds", "val_loss")}, indent=1))
-    if not arguments.quick:
-        write_result("race", result)
+    write_result("race", result, quick=arguments.quick)
 
 
 if __name__ == "__main__":

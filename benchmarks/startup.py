@@ -137,8 +137,7 @@ def main() -> None:
                 f"{what:>11} {unit:>17}: ours {ours:5.2f}, peer {peer:5.2f}, ratio {ratio:.2f},"
                 f" more {more:.2f} ({low:.2f} to {high:.2f}; target {target})"
             )
-    if not arguments.quick:
-        write_result("startup", {**result, **machine()})
+    write_result("startup", {**result, **machine()}, quick=arguments.quick)
 
 
 if __name__ == "__main__":

@@ -200,8 +200,11 @@ def main() -> None:
         for name in ("float32", "fastest")
     }
     print(json.dumps(ratios, indent=1))
-    if not arguments.quick:
-        write_result("throughput", {**machine(), "batch": BATCH, "shapes": SHAPES, "ratio": ratios, "rounds": rounds})
+    write_result(
+        "throughput",
+        {**machine(), "batch": BATCH, "shapes": SHAPES, "ratio": ratios, "rounds": rounds},
+        quick=arguments.quick,
+    )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "trainer": reference.trainer,
     "experiments": results.experiments,
     "measured": results.measured,
+    "speed": results.speed,
+    "ablation": results.ablation,
     "measured-on": results.measured_on,
     "seeds": results.seeds,
     "sample": results.sample,

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,28 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SAMPLED = "shakespeare_char_cpu/seed-1"
 MEASURED = ("nanogpt_parity", "overhead", "serving", "soak", "startup")
+
+
+sys.path.append(str(RESULTS.parent))
+import bench  # noqa: E402
+
+
+def speed() -> str:
+    """Every comparison with a peer that needs no GPU, and where each was measured."""
+    found = [name for name in bench.TABLE if (RESULTS / f"{name}.json").exists()]
+    places = "\n".join(f"- `{name}.py`: {place(read(name))}" for name in found)
+    return f"{table(('what', *bench.HEAD[1:]), bench.rows_of(RESULTS))}\n\n{places}"
+
+
+def ablation() -> str:
+    """What each choice of the fast recipe is worth."""
+    if not (RESULTS / "ablation.json").exists():
+        return "Not measured yet; `benchmarks/ablation.py` does it."
+    found = read("ablation")
+    rows = [(row["what"], ranged(row["val_loss"], 3), ranged(row["seconds"], 1)) for row in found["rows"]]
+    seeds = ", ".join(map(str, found["seeds"]))
+    head = ("", f"validation loss, mean over seeds {seeds}", "seconds, from the first validation to the last")
+    return f"{table(head, rows)}\n\n{place(found)}"
 
 
 def read(name: str) -> dict[str, Any]:

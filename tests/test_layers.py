@@ -19,7 +19,7 @@ LAYERS = (
     ("pieces",),
     ("writer", "meter"),
     ("workspace",),
-    ("optim", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
+    ("optim", "loss", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
     ("decode", "precision"),
     ("generate",),
     ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
@@ -37,7 +37,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "matplotlib", "tiktoken", "tokenizers", "rich")
 TORCH_OR_LESS = (
-    *("tokenizer", "model", "optim", "memory", "cache", "decode", "precision", "generate", "engine", "checkpoint"),
+    *("tokenizer", "model", "optim", "loss", "memory", "cache", "decode", "precision", "generate", "engine", "checkpoint"),
     *("pretrained", "hub", "corpus", "streams", "pieces", "writer", "workspace", "meter", "shards", "batches", "terminal"),
     *("tokenizer_files", "model_card"),
 )

@@ -110,11 +110,17 @@ def window_batch(tokens: TokenSource, block_size: int, first: int, last: int, li
 
 
 def predict(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The model's logits (B, T, V), and what it should say (B, T). Padding is read as token 0."""
+    """The model's logits (B, T, V), and what it should say (B, T)."""
+    x, targets = hidden_states(model, batch)
+    return model.head(x), targets
+
+
+def hidden_states(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The model's last hidden states (B, T, C), and what it should say (B, T). Padding is read as token 0."""
     idx, targets = batch.tokens[:, :-1].clamp_min(0), batch.tokens[:, 1:]
     if batch.positions is None:
-        return model(idx), targets
-    return model(idx, positions=batch.positions, mask=document_mask(batch.positions)), targets
+        return model.features(idx), targets
+    return model.features(idx, positions=batch.positions, mask=document_mask(batch.positions)), targets
 
 
 def document_mask(positions: Tensor) -> Tensor:

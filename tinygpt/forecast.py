@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from tinygpt.batches import validation_rows
 from tinygpt.config import ModelConfig, OptimizerConfig
+from tinygpt.loss import next_token_loss
 from tinygpt.model import GPT, outline
 from tinygpt.optim import make_optimizer
 
@@ -138,8 +139,7 @@ class Probe:
     def run_step(self, model: GPT, optimizer: torch.optim.Optimizer | None, batch: Tensor, micro: int) -> None:
         for part in batch.split(micro):
             with self.context():
-                logits = model(part[:, :-1])
-                loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
+                loss = next_token_loss(model, model.features(part[:, :-1]), part[:, 1:], "mean")
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if optimizer is not None:

@@ -6,17 +6,18 @@ optimizer; the callbacks read `last_step`.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from tinygpt.batches import IGNORED, Batch
+from tinygpt.batches import Batch
 from tinygpt.config import OptimizerConfig
-from tinygpt.evaluate import TextMetrics, predict
+from tinygpt.evaluate import TextMetrics, hidden_states, predict
+from tinygpt.loss import next_token_loss
 from tinygpt.model import GPT
 from tinygpt.optim import learning_rate, make_optimizer
 
@@ -39,11 +40,14 @@ class LitGPT(L.LightningModule):
         seed: int,
         card: dict[str, Any],
         byte_lengths: np.ndarray[Any, Any] | None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model, self.optimizer_config, self.card = model, optimizer, card
         self.total_steps, self.micro_batch_size, self.seed = total_steps, micro_batch_size, seed
+        # Functions are compiled, not the model: a wrapper would rename its weights, and its other callers pass a cache.
+        self.read = torch.compile(partial(hidden_states, model)) if compile else partial(hidden_states, model)
         self.metrics = TextMetrics(byte_lengths)
         self.last_step: dict[str, Tensor] = {}
         self.last_lr = 0.0
@@ -95,11 +99,11 @@ class LitGPT(L.LightningModule):
         return getattr(self.trainer.strategy, "block_backward_sync", nullcontext)()
 
     def backward_part(self, part: Batch, batch: Batch) -> Tensor:
-        logits, targets = predict(self.model, part)
+        x, targets = self.read(part)
         if batch.targets is None:
-            loss = cross_entropy(logits, targets, "mean") * (len(part.tokens) / len(batch.tokens))
+            loss = next_token_loss(self.model, x, targets, "mean") * (len(part.tokens) / len(batch.tokens))
         else:  # gradients are averaged over the devices, of which each may have another number of targets
-            loss = cross_entropy(logits, targets, "sum") * (self.trainer.world_size / batch.targets)
+            loss = next_token_loss(self.model, x, targets, "sum") * (self.trainer.world_size / batch.targets)
         self.manual_backward(loss)
         return loss.detach()
 
@@ -125,8 +129,3 @@ class LitGPT(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.val_metrics = checkpoint["val_metrics"]
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Over the tokens of targets (B, T) that are not IGNORED; logits (B, T, V)."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)

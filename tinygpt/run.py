@@ -291,9 +291,8 @@ def fit(
         seed=config.seed,
         card=card,
         byte_lengths=None if config.data.clean else prepared.tokenizer.byte_lengths(),
+        compile=config.compile,
     )
-    if config.compile:
-        model.compile()  # in place: wrapping it would rename its weights
     data = TextData(
         prepared.train,
         prepared.val,

@@ -1,0 +1,129 @@
+"""All comparisons that need no GPU, one after the other, and one table of them: target, ours, peer, ratio, spread.
+
+    python benchmarks/bench.py --nanogpt PATH [--quick]        or: make bench-quick NANOGPT=PATH, make bench NANOGPT=PATH
+
+--quick: fewer rounds, under ten minutes, nothing kept; else under an hour, into benchmarks/results. transformers comes with
+the [dev] extra; litgpt is measured where it can be imported. A script that fails is named, and the others go on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from common import ELSEWHERE, RESULTS, ROOT
+
+Row = tuple[str, str, str, str, str, str]  # what, target, ours, peer, ratio, its spread
+
+
+def ratio_row(what: str, target: str, ours: str, peer: str, ratio: dict[str, float]) -> Row:
+    return what, target, ours, peer, f"{ratio['median']:.2f}", f"{ratio['min']:.2f} to {ratio['max']:.2f}"
+
+
+def race(found: dict[str, Any]) -> Iterator[Row]:
+    seconds, loss = found["seconds"], found["val_loss"]
+    ours, peer = (f"{seconds[name]['mean']:.1f} s" for name in ("ours", "nanogpt"))
+    yield ratio_row("nanoGPT's CPU recipe, whole process", "4", ours, peer, found["ratio"])
+    ours, peer = (f"{loss[name]['mean']:.4f}" for name in ("ours", "nanogpt"))
+    yield "its loss, full split", "1.898 or less", ours, peer, "", f"{loss['ours']['min']:.4f} to {loss['ours']['max']:.4f}"
+
+
+def throughput(found: dict[str, Any]) -> Iterator[Row]:
+    for what, ratio in found["ratio"].items():
+        peer, model, name = what.split()
+        rows = [row for row in found["rounds"] if (row["peer"], row["model"]) == (peer, model)]
+        ours, theirs = (
+            f"{sum(row[key] for row in rows) / len(rows):.0f} tok/s" for key in (f"ours_{name}", "peer_tokens_per_second")
+        )
+        yield ratio_row(f"training {model}, {name}, {peer}", "1.25" if peer == "nanogpt" else "1.3", ours, theirs, ratio)
+
+
+def generation(found: dict[str, Any]) -> Iterator[Row]:
+    for row in found["comparisons"]:
+        what = f"generation, {row['part']}: {row['ours']}"
+        speeds = found["tokens_per_second"][row["part"]]
+        ours, peer = (f"{speeds[row[name]]['median']:.1f} tok/s" for name in ("ours", "peer"))
+        yield ratio_row(what, str(row["target"] or ""), ours, f"{row['peer']} {peer}", row["ratio"])
+
+
+def preparation(found: dict[str, Any]) -> Iterator[Row]:
+    gpt2 = found["gpt2"]
+    ours, peer = (f"{gpt2[f'{name}_megabytes_per_second']['median']:.0f} MB/s" for name in ("tinygpt", "tiktoken"))
+    yield ratio_row("prepare.py, GPT-2 BPE", "1.5", ours, f"tiktoken {peer}", gpt2["ratio"])
+    for name in ("char", "char_ascii"):
+        speed = found[name]["megabytes_per_second"]
+        around = f"{speed['min']:.0f} to {speed['max']:.0f}"
+        yield f"prepare.py, {name}", "100 MB/s", f"{speed['median']:.0f} MB/s", "", "", around
+
+
+def startup(found: dict[str, Any]) -> Iterator[Row]:
+    for name, what, limit in (("first_step", "train.py", 3), ("first_token", "sample.py", 1)):
+        row = found[name]["seconds"]
+        ours, peer, more = (row[key]["median"] for key in ("ours", "peer", "difference"))
+        around = f"{row['difference']['min']:.2f} to {row['difference']['max']:.2f} s"
+        what = f"{what} to its {name.replace('_', ' ')}"
+        yield what, f"{limit} s more", f"{ours:.2f} s", f"{peer:.2f} s", f"{more:+.2f} s", around
+
+
+TABLE = {"race": race, "throughput": throughput, "generation": generation, "prepare": preparation, "startup": startup}
+
+
+def commands(nanogpt: str, quick: bool) -> Iterator[list[str]]:
+    peer, short = ["--nanogpt", nanogpt], ["--quick"] if quick else []
+    yield ["startup.py", *peer, *short]
+    yield ["race.py", *peer, *short]
+    litgpt = ["--litgpt"] if find_spec("litgpt") and not quick else []
+    yield ["throughput.py", *peer, "--transformers", *litgpt, *short]
+    yield ["generation.py", *peer, *short]
+    yield ["prepare.py", *short]
+
+
+HEAD: Row = ("", "target", "ours", "peer", "ratio", "spread")
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """A line for each comparison whose result is in the folder."""
+    rows: list[Row] = []
+    for name, extract in TABLE.items():
+        if (folder / f"{name}.json").exists():
+            rows += extract(json.loads((folder / f"{name}.json").read_text()))
+    return rows
+
+
+def show(folder: Path) -> None:
+    rows = [HEAD, *rows_of(folder)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", required=True, help="a checkout of karpathy/nanoGPT")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--show", action="store_true", help="only the table of the committed results")
+    arguments = parser.parse_args()
+    if arguments.show:
+        show(RESULTS)
+        return
+    failed = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) if arguments.quick else RESULTS
+        for script, *words in commands(str(Path(arguments.nanogpt).resolve()), arguments.quick):
+            print(f"-- {script}", file=sys.stderr, flush=True)
+            command = [sys.executable, str(ROOT / "benchmarks" / script), *words]
+            done = subprocess.run(command, env={**os.environ, ELSEWHERE: str(folder)}, stdout=sys.stderr)
+            failed += [script] if done.returncode else []
+        show(folder)
+    if failed:
+        sys.exit(f"error: these failed, see above: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The loss in chunks is the loss, and so are its gradients."""
+
+import pytest
+import torch
+
+from tinygpt import loss
+from tinygpt.batches import IGNORED
+from tinygpt.config import ModelConfig
+from tinygpt.loss import cross_entropy, next_token_loss
+from tinygpt.model import GPT
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "options", [{}, {"logit_softcap": 2.0}, {"tie_embeddings": False}], ids=["tied", "softcap", "untied"]
+)
+def test_loss_and_gradients_in_chunks_are_those_of_all_logits_at_once(monkeypatch, options, reduction):
+    monkeypatch.setattr(loss, "LARGE", 0)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 3 * 50)  # three rows at a time
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, **options), vocab_size=50)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)
+    idx, targets = torch.randint(50, (2, 7)), torch.randint(50, (2, 7))
+    targets[1, 3:] = IGNORED
+    found = []
+    for measured in (
+        next_token_loss(model, model.features(idx), targets, reduction),
+        cross_entropy(model(idx), targets, reduction),
+    ):
+        model.zero_grad()
+        (measured * 3).backward()
+        found.append((measured.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (ours, our_gradients), (theirs, their_gradients) = found
+    torch.testing.assert_close(ours, theirs)
+    for name, gradient in their_gradients.items():
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_under_autocast_the_products_are_in_bfloat16(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8), vocab_size=50)
+    idx, targets = torch.randint(50, (2, 8)), torch.randint(50, (2, 8))
+    exact = cross_entropy(model(idx), targets, "mean")
+    monkeypatch.setattr(loss, "LARGE", 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = next_token_loss(model, model.features(idx), targets, "mean")
+    measured.backward()
+    assert measured.dtype == model.wte.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(measured, exact, rtol=0, atol=2e-3)
