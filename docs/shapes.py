@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tinygpt.config import ModelConfig
-from tinygpt.lit import cross_entropy
+from tinygpt.loss import cross_entropy
 from tinygpt.model import GPT
 
 Shape = tuple[int, ...]
