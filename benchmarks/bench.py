@@ -34,6 +34,20 @@ def race(found: dict[str, Any]) -> Iterator[Row]:
     yield "its loss, full split", "1.898 or less", ours, peer, "", f"{loss['ours']['min']:.4f} to {loss['ours']['max']:.4f}"
 
 
+def quality(found: dict[str, Any]) -> Iterator[Row]:
+    for row in found["rows"]:
+        loss, seconds = row["val_loss"], row["seconds"]["mean"]
+        around = f"{loss['min']:.4f} to {loss['max']:.4f}"
+        yield (
+            f"loss of {row['experiment']}",
+            f"{row['target']:.2f} or less",
+            f"{loss['mean']:.4f}, {seconds:.0f} s",
+            "",
+            "",
+            around,
+        )
+
+
 def throughput(found: dict[str, Any]) -> Iterator[Row]:
     for what, ratio in found["ratio"].items():
         peer, model, name = what.split()
@@ -71,13 +85,21 @@ def startup(found: dict[str, Any]) -> Iterator[Row]:
         yield what, f"{limit} s more", f"{ours:.2f} s", f"{peer:.2f} s", f"{more:+.2f} s", around
 
 
-TABLE = {"race": race, "throughput": throughput, "generation": generation, "prepare": preparation, "startup": startup}
+TABLE = {
+    "race": race,
+    "quality": quality,
+    "throughput": throughput,
+    "generation": generation,
+    "prepare": preparation,
+    "startup": startup,
+}
 
 
 def commands(nanogpt: str, quick: bool) -> Iterator[list[str]]:
     peer, short = ["--nanogpt", nanogpt], ["--quick"] if quick else []
     yield ["startup.py", *peer, *short]
     yield ["race.py", *peer, *short]
+    yield ["quality.py", *short]
     litgpt = ["--litgpt"] if find_spec("litgpt") and not quick else []
     yield ["throughput.py", *peer, "--transformers", *litgpt, *short]
     yield ["generation.py", *peer, *short]

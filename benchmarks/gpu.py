@@ -84,7 +84,7 @@ def main() -> None:
             write_result("gpu", result)
         if arguments.only != "speed":
             runs = [
-                summary_of(folder / f"loss-{seed}", "experiment=shakespeare_char", f"seed={seed}")
+                summary_of(folder / f"loss-{seed}", "experiment=shakespeare_char_fast", f"seed={seed}")
                 for seed in arguments.seeds
             ]
             kept = [{key: run.get(key) for key in ("val_loss", "seconds", "steps", "failed")} for run in runs]
