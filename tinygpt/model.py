@@ -56,8 +56,8 @@ def continuation_mask(new: int, total: int, device: torch.device) -> Tensor:
 def products_are_faster(q: Tensor) -> bool:
     """Whether causal attention over q (B, H, T, D) is faster as two batched matrix products.
 
-    torch's fused attention for CPUs multiplies in small tiles, which bfloat16 products (matmul_precision=medium) make three
-    to eight times slower; in long blocks the (T, T) scores cost more than that.
+    torch's fused attention for CPUs multiplies in small tiles, which bfloat16 products (matmul_precision=medium) make
+    several times slower; in long blocks the (T, T) scores cost more than that.
     """
     return q.device.type == "cpu" and q.shape[2] <= 256 and torch.get_float32_matmul_precision() == "medium"
 

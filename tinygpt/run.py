@@ -380,6 +380,8 @@ def recording(outcome: Outcome, loggers: list[Any]) -> Iterator[None]:
         raise
     except SystemExit as leaving:
         status = "interrupted"
+        if not outcome.trainer.is_global_zero:  # another code, and Lightning kills the process that still writes the summary
+            raise SystemExit(0) from None
         if leaving.code == 1:  # how Lightning ends on a second Ctrl-C
             raise SystemExit(130) from None
         raise
