@@ -31,9 +31,9 @@ def ablation() -> str:
     if not (RESULTS / "ablation.json").exists():
         return "Not measured yet; `benchmarks/ablation.py` does it."
     found = read("ablation")
-    rows = [(row["what"], ranged(row["val_loss"], 3), ranged(row["seconds"], 1)) for row in found["rows"]]
+    rows = [(row["what"], ranged(row["val_loss"], 3)) for row in found["rows"]]
     seeds = ", ".join(map(str, found["seeds"]))
-    head = ("", f"validation loss, mean over seeds {seeds}", "seconds, from the first validation to the last")
+    head = ("", f"validation loss, mean over seeds {seeds}")
     return f"{table(head, rows)}\n\n{place(found)}"
 
 
