@@ -11,8 +11,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 def keep_memory() -> None:
     """Let glibc keep the memory that tensors give back, instead of handing it to the system and asking again.
 
-    By default each allocation of 32 MiB or more is mapped anew, and the system clears its pages at the first touch: in a
-    step of gpt2_small, with logits of hundreds of MiB, that takes as long as the products. Without glibc nothing happens.
+    By default each allocation of 32 MiB or more is mapped anew, and the system clears its pages at first touch: a step of
+    gpt2_small, with logits of hundreds of MiB, then waits for pages. Without glibc nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return
