@@ -124,7 +124,7 @@ def perplexities(ckpt: str) -> dict[str, float]:
 
 
 def script(*words: str) -> str:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True, encoding="utf-8").stdout
+    return subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
 
 
 @contextmanager
