@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def run(task: TaskFunction, conf: Path, overrides: list[str]) -> int:
         master, launch = prepare(task, overrides)
         parsed, settings = swept(master), SweepConfig(**plain(master.sweep))
         sweep_dir = Path(master.hydra.sweep.dir)
-        with folder(sweep_dir, master):
+        with folder(sweep_dir, master), saying_how_to_go_on(sweep_dir):
             if settings.method == "optuna":
                 return run_search(Search(sweep_dir, settings, *space(parsed)), launch)
             return run_grid(assign(sweep_dir, combinations(parsed)), launch)
@@ -114,6 +115,15 @@ def folder(sweep_dir: Path, master: DictConfig) -> Iterator[None]:
         if {path.name for path in sweep_dir.iterdir()} <= BARE and not Path.cwd().is_relative_to(sweep_dir.resolve()):
             shutil.rmtree(sweep_dir)
             remove_empty_above(sweep_dir)
+
+
+@contextlib.contextmanager
+def saying_how_to_go_on(sweep_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print(f"interrupted; to go on: the same command with resume=auto hydra.sweep.dir={sweep_dir}", file=sys.stderr)
+        raise
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ COLUMNS = (
 SHOWN = ("rank", "job", "best_val_loss", "val_bits_per_byte", "parameters", "steps", "seconds", "status", "overrides")
 PANELS = 4  # of swept settings, in the picture
 NAMED = 5  # of the best jobs, in the picture
+DIGITS = 8  # a number with more is rounded in the table
 TICKS = 6  # so many values of a setting are each written at the axis
 
 Row = dict[str, Any]
@@ -100,14 +101,24 @@ def show(rows: Sequence[Row], sweep_dir: Path) -> None:
     for row in rows:
         table.add_row(*(shown(row[name]) for name in SHOWN))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)  # a file is as wide as it needs
+    for row in rows:
+        if row["error"]:  # said again: it may have scrolled by, or been said in another process
+            print(f"job {row['job']} has failed: {row['error']}", file=sys.stderr)
 
 
 def shown(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
-        return " ".join(value)
+        return " ".join(rounded(item) for item in value)
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def rounded(override: str) -> str:
+    """What a search has drawn has more digits than one reads."""
+    key, equals, value = override.partition("=")
+    drawn = number(value) if "." in value and len(value) > DIGITS else None
+    return override if drawn is None else f"{key}{equals}{drawn:.4g}"
 
 
 # The picture
