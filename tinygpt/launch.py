@@ -5,6 +5,7 @@ values of its own). Here each job is one command, with its overrides spelt out a
 """
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -76,11 +77,11 @@ def passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def main() -> None:
     """torchrun, but for its end: the exit code of the process that failed first, and no report after what that has said."""
     die_with_parent()
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # read when they are imported
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as run
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run(sys.argv[1:])
     except ChildFailedError as error:

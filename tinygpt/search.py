@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
-STUDY = "study.journal"
+STUDY, NAME = "study.journal", "tinygpt"  # the file, and what it is called inside
 ATTEMPTS = 3  # at a trial whose process dies each time
 
 Space = dict[str, dict[str, Any]]  # by key: choices=[...], or low=, high=, and step= or log=
@@ -43,14 +43,16 @@ class Search:
 
     def refuse_another(self, asked: dict[str, Any]) -> None:
         asked = json.loads(json.dumps(asked))  # as it will be read again
-        was = self.study.user_attrs.get("asked", asked)
+        was = self.study.user_attrs.get("asked")
+        if was is None:
+            self.study.set_user_attr("asked", asked)
+            return
         changed = [name for name in asked if asked[name] != was[name]]
         if changed:
             raise UserError(
                 f"{self.sweep_dir} holds a search with another {' and '.join(map(WORDS.get, changed))}",  # type: ignore[arg-type]
                 "repeat its command to go on with it, or name another hydra.sweep.dir",
             )
-        self.study.set_user_attr("asked", asked)
 
     def batches(self) -> Iterator[list[Job]]:
         """What is left to be trained, `settings.parallel` jobs at a time; trained, before the next are asked for."""
@@ -141,9 +143,11 @@ def open_study(sweep_dir: Path, settings: SweepConfig) -> "optuna.Study":
     path = sweep_dir.resolve() / STUDY  # the lock is a link, which a relative path would lead astray
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
     pruner = optuna.pruners.MedianPruner(settings.startup_trials, settings.prune_after)
-    study: optuna.Study = optuna.create_study(
-        storage=storage, study_name="tinygpt", load_if_exists=True, sampler=sampler(settings, 0), pruner=pruner
-    )
+    given = {"storage": storage, "study_name": NAME, "sampler": sampler(settings, 0), "pruner": pruner}
+    try:
+        study: optuna.Study = optuna.load_study(**given)
+    except KeyError:
+        study = optuna.create_study(**given)
     return study
 
 
