@@ -322,28 +322,19 @@ def test_a_trial_of_two_processes_trains_with_the_values_of_one(home):
 # W&B
 
 
-def test_the_wandb_runs_of_a_sweep_stay_apart(home):
-    environment = {"WANDB_MODE": "offline"}
+def test_the_wandb_runs_of_a_sweep_stay_apart(home, monkeypatch):
+    import wandb
+
+    begin, runs = wandb.init, []
+    monkeypatch.setattr(wandb, "init", lambda **options: runs.append(begin(**options)) or runs[-1])
     for name in ("one", "two"):
         given = arguments("seed=1,2", "trainer.max_steps=2", "logger=wandb", sweep_dir=name)
-        assert run_inside("train", *given, cwd=home, env=environment).code == 0
-    runs = [wandb_run(home / name / job) for name in ("one", "two") for job in "01"]
-    assert [run.run_group for run in runs] == ["one", "one", "two", "two"]
-    assert [run.display_name for run in runs] == ["one/0", "one/1", "two/0", "two/1"]
-    assert len({run.run_id for run in runs}) == 4
-
-
-def wandb_run(run_dir):
-    """What W&B has written down of an offline run."""
-    from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
-
-    (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    store, record = DataStore(), Record()
-    store.open_for_scan(str(path))
-    while not record.HasField("run"):
-        record.ParseFromString(store.scan_data())
-    return record.run
+        assert run_inside("train", *given, cwd=home, env={"WANDB_MODE": "offline"}).code == 0
+    assert [run.group for run in runs] == ["one", "one", "two", "two"]
+    assert [run.name for run in runs] == ["one/0", "one/1", "two/0", "two/1"]
+    assert len({run.id for run in runs}) == 4
+    folders = {path.name for path in home.rglob("offline-run-*")}
+    assert {folder.rsplit("-", 1)[1] for folder in folders} == {run.id for run in runs}
 
 
 # Launchers

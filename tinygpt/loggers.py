@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 # Of waiting for W&B's server, before a run (which with wandb's own start comes to less than 20) and when it is over.
-INIT_SECONDS, FINISH_SECONDS = 15, 60
+INIT_SECONDS, FINISH_SECONDS = 12, 60
 
 
 class CSVLogger(Logger):
