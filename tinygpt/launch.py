@@ -77,6 +77,7 @@ def passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def main() -> None:
     """torchrun, but for its end: the exit code of the process that failed first, and no report after what that has said."""
     die_with_parent()
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # some of its loggers read this, when they are imported
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as run
