@@ -310,10 +310,9 @@ def failed(error: Exception, schema: type, run_dir: Path, overrides: list[str]) 
     """The error of a sweep's job, written down in its folder, in the user's words and with the job's number."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         error = explain(error, schema)
-    user = isinstance(error, UserError)
     if is_first_process():
         reason = " ".join(str(error).split()) or type(error).__name__
-        sweep.fail(run_dir, overrides, reason, exit_code=2 if user else 1)
+        sweep.fail(run_dir, overrides, reason, exit_code=2 if isinstance(error, UserError) else 1)
     return UserError(f"job {run_dir.name}: {error}", error.hint) if isinstance(error, UserError) else error
 
 
