@@ -35,7 +35,7 @@ class Search:
         if not space:
             raise UserError("a search needs something to search", f"for example {EXAMPLE}")
         self.sweep_dir, self.settings, self.fixed = sweep_dir, settings, list(fixed)
-        library()
+        quieten()
         self.distributions = {key: distribution(key, options) for key, options in space.items()}
         mend(sweep_dir / STUDY)
         self.study = open_study(sweep_dir, settings)
@@ -139,26 +139,26 @@ def distribution(key: str, options: dict[str, Any]) -> "BaseDistribution":
 
 def open_study(sweep_dir: Path, settings: SweepConfig) -> "optuna.Study":
     """The study of a sweep's folder, a new one where there is none."""
-    optuna = library()
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
     path = sweep_dir.resolve() / STUDY  # the lock is a link, which a relative path would lead astray
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
     pruner = optuna.pruners.MedianPruner(settings.startup_trials, settings.prune_after)
-    given = {"storage": storage, "study_name": NAME, "sampler": sampler(settings, 0), "pruner": pruner}
+    given: dict[str, Any] = {"storage": storage, "study_name": NAME, "sampler": sampler(settings, 0), "pruner": pruner}
     try:
-        study: optuna.Study = optuna.load_study(**given)
+        return optuna.load_study(**given)
     except KeyError:
-        study = optuna.create_study(**given)
-    return study
+        return optuna.create_study(**given)
 
 
-def library() -> Any:
-    """Optuna, quiet. UserError where it is not installed."""
+def quieten() -> None:
+    """Optuna says at each trial what the table says at the end. UserError where it is not installed."""
     try:
         import optuna
     except ImportError as error:
         raise UserError("sweep=optuna needs the optuna package", "pip install -e '.[sweep]'") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
 
 
 def mend(path: Path) -> None:
@@ -209,6 +209,7 @@ class Hopes:
     """What the training of a trial asks after each validation, in whichever process it runs."""
 
     def __init__(self, run_dir: Path, settings: SweepConfig) -> None:
+        quieten()
         self.settings, self.number = settings, int(run_dir.name)
         self.study = open_study(run_dir.parent, settings)
 
