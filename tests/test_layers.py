@@ -13,7 +13,7 @@ PACKAGE = ROOT / "tinygpt"
 # From the bottom up: a module may import those of the lines above its own.
 LAYERS = (
     ("config", "summary", "lean"),
-    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory"),
+    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory", "lock", "finite"),
     ("imdb", "tokens", "documents", "streams"),
     ("corpus",),
     ("pieces",),
@@ -26,7 +26,7 @@ LAYERS = (
     ("checkpoint",),
     ("callbacks", "loggers", "export"),
     ("progress", "trainer", "plot"),
-    ("report", "served"),
+    ("report", "served", "verify"),
     ("run", "bodies"),
     ("answers",),
     ("guard", "openai_api", "playground"),
@@ -39,7 +39,7 @@ HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "m
 TORCH_OR_LESS = (
     *("tokenizer", "model", "optim", "loss", "memory", "cache", "decode", "precision", "generate", "engine", "checkpoint"),
     *("pretrained", "hub", "corpus", "streams", "pieces", "writer", "workspace", "meter", "shards", "batches", "terminal"),
-    *("tokenizer_files", "model_card"),
+    *("tokenizer_files", "model_card", "lock", "finite"),
 )
 
 

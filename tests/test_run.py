@@ -144,6 +144,61 @@ def test_ctrl_c_during_the_first_validation_saves_too(tmp_path, monkeypatch, who
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
 
 
+@pytest.mark.parametrize("validation", [1, 2, 3])
+def test_a_signal_in_the_middle_of_a_validation_is_not_made_to_wait(tmp_path, monkeypatch, whole, validation):
+    """After 8, 16 and 20 steps; the resumed run begins with that validation."""
+    real, batches = LitGPT.validation_step, []
+
+    def validation_step(self, batch, batch_idx):
+        batches.append(batch_idx)
+        if batches.count(0) == validation + 1 and batch_idx == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitGPT, "validation_step", validation_step)
+        with pytest.raises(SystemExit) as left:
+            run(tmp_path, **HARD)
+    assert left.value.code == 143
+    assert batches[-1] == 0
+    assert opened(tmp_path / "run")["global_step"] == (8, 16, 20)[validation - 1]
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+
+
+def test_slurms_warning_queues_the_job_again(tmp_path, monkeypatch, whole):
+    tool = tmp_path / "scontrol"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with monkeypatch.context() as patch:
+        patch.setattr(GracefulStop, "agree", lambda self, trainer: signal.SIGUSR1 * (trainer.global_step == 5))
+        with pytest.raises(SystemExit) as left:
+            run(tmp_path, **HARD)
+    assert left.value.code == 143
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+
+
+def test_keep_last_keeps_the_newest_states_and_the_best(tmp_path, monkeypatch):
+    several = {**CALLBACKS, "last": {**CALLBACKS["last"], "every_n_steps": 2, "keep_last": 3}}
+    with monkeypatch.context() as patch:
+        stopped_by_signal(patch, 7)
+        with pytest.raises(SystemExit):
+            run(tmp_path, steps=12, every=100, callbacks=several)
+    folder = tmp_path / "run" / "checkpoints"
+    assert opened(tmp_path / "run")["global_step"] == 7
+    run(tmp_path, steps=12, every=100, callbacks=several, resume="auto")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("best.ckpt", "last.ckpt", "step-10.ckpt", "step-12.ckpt", "step-8.ckpt")
+    ]
+    assert [opened(tmp_path / "run", f"step-{step}")["global_step"] for step in (8, 10, 12)] == [8, 10, 12]
+    assert folder.joinpath("last.ckpt").samefile(folder / "step-12.ckpt")
+    again = run(tmp_path, "again", ["resume=x"], resume=str(folder / "step-8.ckpt"), steps=12, every=100, callbacks=several)
+    assert same(opened(again)["state_dict"], opened(tmp_path / "run")["state_dict"])
+
+
 def test_the_clock_of_a_resumed_run_goes_on(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         killed(patch, 14)

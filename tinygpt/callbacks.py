@@ -3,7 +3,11 @@
 Order matters where two act at the same moment; `run.py` puts them in the order that their docstrings ask for.
 """
 
+import contextlib
+import os
+import shutil
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from types import FrameType
@@ -14,7 +18,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from tinygpt.checkpoint import durable_save
+from tinygpt.checkpoint import durable_save, sync_folder
 from tinygpt.config import UserError
 from tinygpt.generate import generate, opening
 from tinygpt.lit import LitGPT
@@ -41,17 +45,18 @@ def validation_due(trainer: L.Trainer) -> bool:
 
 
 class ValidateAtEnds(L.Callback):
-    """Every run begins and ends with a validation, so that a best checkpoint always exists. Comes first."""
+    """Every run begins and ends with a validation, so that a best checkpoint always exists. Comes last: all others have
+    then begun."""
 
     def __init__(self) -> None:
         self.validated_at = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == 0:
-            self.validate(trainer)
+        if self.validated_at != trainer.global_step and (trainer.global_step == 0 or validation_due(trainer)):
+            self.validate(trainer)  # the first, or one that a signal has interrupted
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.validated_at = trainer.global_step
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validated_at = trainer.global_step  # before any checkpoint of this validation
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.validated_at != trainer.global_step:
@@ -92,19 +97,32 @@ class BestCheckpoint(L.Callback):
 
 
 class LastCheckpoint(L.Callback):
-    """last.ckpt: where a resumed run goes on from; after each validation and every `every_n_steps` steps. Comes last."""
+    """last.ckpt: where a resumed run goes on from; after each validation and every `every_n_steps` steps. Comes last.
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"callbacks.last.every_n_steps={every_n_steps} is out of range", "it must be at least 1")
-        self.every_n_steps = every_n_steps
+    Of keep_last > 1 states each has a file of its own too, step-N.ckpt, of which last.ckpt is the newest.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, keep_last: int = 1) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("keep_last", keep_last)):
+            if value is not None and value < 1:
+                raise UserError(f"callbacks.last.{name}={value} is out of range", "it must be at least 1")
+        self.every_n_steps, self.keep_last = every_n_steps, keep_last
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0 and not validation_due(trainer):
-            trainer.save_checkpoint(checkpoint_path(trainer, "last"))
+            self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.save_checkpoint(checkpoint_path(trainer, "last"))
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        if self.keep_last == 1:
+            trainer.save_checkpoint(checkpoint_path(trainer, "last"))
+            return
+        numbered = Path(checkpoint_path(trainer, f"step-{trainer.global_step}"))
+        trainer.save_checkpoint(numbered)
+        if trainer.is_global_zero:
+            keep_newest(numbered, self.keep_last)
 
 
 class StopAtLoss(L.Callback):
@@ -220,12 +238,17 @@ def append_section(path: Path, head: str, step: int, body: str) -> None:
     old = path.read_text(encoding="utf-8") if path.exists() else "# Samples\n\n"
     parts = old.split("\n## step ")
     kept = [parts[0], *(part for part in parts[1:] if int(part.split(":")[0]) < step)]
-    path.write_text("\n## step ".join(kept).rstrip("\n") + f"\n\n{head}\n{body}", encoding="utf-8")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n## step ".join(kept).rstrip("\n") + f"\n\n{head}\n{body}", encoding="utf-8")
+    temporary.replace(path)
 
 
 class GracefulStop(L.Callback):
-    """SIGINT, SIGTERM and SIGUSR1 end the run between two steps: all processes agree, save last.ckpt, and leave with
-    128 + the signal. A second Ctrl-C ends it at once.
+    """SIGINT, SIGTERM and SIGUSR1 end the run between two steps or two batches of a validation: all processes agree, save
+    last.ckpt, and leave with 128 + the signal. A second Ctrl-C ends it at once.
+
+    SIGUSR1 is how SLURM warns of the end of a job's time (sbatch --signal=USR1@60): that job is queued again where it may
+    be (--requeue), and the code is SIGTERM's.
 
     The handler only sets a flag. Lightning's own interrupts at any instruction, and its SIGTERM broadcast, one a step,
     hung two processes; it is switched off here.
@@ -242,7 +265,7 @@ class GracefulStop(L.Callback):
         self.listen()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.listen()  # the first validation comes before on_train_start reaches us; Lightning may listen in between
+        self.listen()  # early; Lightning may listen in between
 
     def listen(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -257,13 +280,25 @@ class GracefulStop(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not validation_due(trainer) and (number := self.agree(trainer)):
-            trainer.save_checkpoint(checkpoint_path(trainer, "last"))
-            raise SystemExit(128 + number)
+            self.leave(trainer, number)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """A validation may take longer than a cluster waits; the resumed run begins with it."""
+        if not trainer.should_stop and (number := self.agree(trainer)):
+            self.leave(trainer, number)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step < trainer.max_steps and (number := self.agree(trainer)):
-            trainer.save_checkpoint(checkpoint_path(trainer, "last"))
-            raise SystemExit(128 + number)
+            self.leave(trainer, number)
+
+    @staticmethod
+    def leave(trainer: L.Trainer, number: int) -> None:
+        trainer.save_checkpoint(checkpoint_path(trainer, "last"))
+        if number == signal.SIGUSR1:
+            if trainer.is_global_zero:
+                requeue()
+            number = signal.SIGTERM
+        raise SystemExit(128 + number)
 
     def agree(self, trainer: L.Trainer) -> int:
         """The signal that any process has seen, or 0."""
@@ -283,6 +318,28 @@ class GracefulStop(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.restore()
+
+
+def requeue() -> None:
+    """Have SLURM start this job again, if there is one."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        with contextlib.suppress(OSError):
+            subprocess.run(["scontrol", "requeue", job], check=False)
+
+
+def keep_newest(numbered: Path, keep: int) -> None:
+    """Make last.ckpt the same file as `numbered`, and remove older ones of its kind but the `keep` newest."""
+    last, temporary = numbered.with_name("last.ckpt"), numbered.with_name("last.ckpt.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(numbered)
+    except OSError:  # a disk without links
+        shutil.copyfile(numbered, temporary)
+    temporary.replace(last)
+    sync_folder(last.parent)
+    steps = {int(path.stem[5:]): path for path in numbered.parent.glob("step-*.ckpt") if path.stem[5:].isdecimal()}
+    for step in sorted(step for step in steps if step <= int(numbered.stem[5:]))[:-keep]:
+        steps[step].unlink()
 
 
 def checkpoint_path(trainer: L.Trainer, name: str) -> str:

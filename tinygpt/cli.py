@@ -25,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tinygpt import lock
 from tinygpt.config import BUDGETS, UserError, all_keys, from_dict, inner_schema, nearest
 from tinygpt.help import print_help
 from tinygpt.sweep import rank
@@ -57,6 +58,7 @@ def main(verb: str, schema: type, work: Work, conf: Path) -> None:
             check_resume(argv)
             if not any(argument.startswith("-") for argument in argv):
                 compose(verb, schema, conf, overrides)  # what is wrong is said before there is a run directory
+                refuse_in_use(argv)
             run_hydra(verb, schema, work, conf, overrides)
         else:
             work(compose(verb, schema, conf, overrides), Path.cwd(), overrides)
@@ -128,6 +130,19 @@ def check_resume(argv: list[str]) -> None:
     fixed = any(argument.startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for argument in argv)
     if "resume=auto" in argv and not fixed:
         raise UserError("resume=auto needs a fixed run directory", "name it: hydra.run.dir=outputs/NAME")
+
+
+def refuse_in_use(argv: list[str]) -> None:
+    """A run directory that another process trains in stays as it is."""
+    if is_first_process():
+        for argument in argv:
+            if argument.startswith("hydra.run.dir="):
+                lock.refuse_in_use(Path(argument.partition("=")[2].strip("'\"")))
+
+
+def is_first_process() -> bool:
+    """Of the several that a run may have."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
 
 
 def prepare_override(argument: str) -> str:
@@ -217,7 +232,7 @@ def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[s
 @contextlib.contextmanager
 def run_directory(run_dir: Path, keep: bool) -> Iterator[None]:
     """The folder of a job: an interrupted one says how to go on, one that has left nothing of its own goes again."""
-    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))  # of several processes
+    first = is_first_process()
     try:
         yield
     except SystemExit:

@@ -258,8 +258,14 @@ class TrainConfig:
     compile: bool = option(False, "compile the model with torch.compile (pays on long runs)")
     resume: str | None = option(None, "auto, or a checkpoint or run directory to continue from")
     init_from: str | None = option(None, "weights (with shape and tokenizer) to start from: whatever ckpt= may be")
+    skip_nonfinite: int = option(
+        0, "so many steps whose loss or gradient is not finite are skipped; one more, and the run stops", ge=0
+    )
     stop_at_loss: float | None = option(None, "end when the training or validation loss reaches this", gt=0)
     dry_run: bool = option(False, "print the forecast and stop")
+    verify_resume: bool = option(
+        False, "train twice, kill the second run at a step by chance, resume it, and compare: the proof that it is the same"
+    )
     data_dir: str | None = option(None, "where corpora live; null: $TINYGPT_DATA_DIR, else data/")
     cache_dir: str | None = option(None, "where tokens are kept; null: $TINYGPT_CACHE_DIR, else data/cache")
     debug: bool = option(False, "show the traceback of an error")

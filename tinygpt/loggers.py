@@ -62,6 +62,13 @@ class CSVLogger(Logger):
             csv.writer(file).writerow([step, *("" if metrics.get(c) is None else metrics[c] for c in COLUMNS[1:])])
 
     @rank_zero_only
+    def sync(self) -> None:
+        """Have the lines survive a power cut: a checkpoint of this step is about to."""
+        if self.begun:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    @rank_zero_only
     def cut_back(self, step: int) -> None:
         """Header, and of the lines that an earlier process left those up to `step`: a resumed run writes the rest again."""
         if self.begun:

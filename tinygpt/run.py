@@ -17,6 +17,7 @@ import lightning as L
 import torch
 
 from tinygpt import checkpoint as ckpt
+from tinygpt import lock
 from tinygpt.batches import validation_windows
 from tinygpt.callbacks import EMA, GracefulStop, Samples, StopAtLoss, ValidateAtEnds
 from tinygpt.config import BUDGETS, ModelConfig, TrainConfig, UserError, from_dict
@@ -38,7 +39,10 @@ from tinygpt.trainer import accelerator, check_trainer, make_trainer, precision,
 
 log = logging.getLogger("tinygpt")
 
-STORED = ("model", "data", "optimizer", "trainer", "callbacks", "seed", "compile", "matmul_precision", "stop_at_loss")
+STORED = (
+    *("model", "data", "optimizer", "trainer", "callbacks", "seed", "compile", "matmul_precision"),
+    *("skip_nonfinite", "stop_at_loss"),
+)
 FIXED = ("model", "seed")  # what a resumed run may not change, beside corpus, tokenizer and global batch
 ENDS = ("trainer", "stop_at_loss", "callbacks")  # what decides when a run is done
 
@@ -51,6 +55,12 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
     if rank:
         logging.disable()
+    with contextlib.nullcontext() if rank or config.dry_run else lock.held(run_dir):
+        return run(config, run_dir, overrides, rank)
+
+
+def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str], rank: int) -> float | None:
+    """`train`, in a run directory that is nobody else's."""
     started = starting_checkpoint(config, run_dir)
     if started is not None:
         config = continued(config, overrides, started["tinygpt"])
@@ -292,6 +302,7 @@ def fit(
         card=card,
         byte_lengths=None if config.data.clean else prepared.tokenizer.byte_lengths(),
         compile=config.compile,
+        skip_nonfinite=config.skip_nonfinite,
     )
     data = TextData(
         prepared.train,
@@ -341,7 +352,7 @@ def remember_ids(card: dict[str, Any], loggers: dict[str, Any]) -> None:
 
 
 def make_callbacks(config: TrainConfig, prepared: Prepared, plan: Plan, throughput: Throughput) -> list[L.Callback]:
-    """In the order that they need: validate, decide to stop, write metrics, then the user's, then save and clean up."""
+    """In the order that they need: decide to stop, write metrics, then the user's, then save and clean up."""
     chosen: list[L.Callback] = [build(node, f"callbacks.{name}") for name, node in config.callbacks.items()]
     for callback in chosen:
         if isinstance(callback, Samples):
@@ -349,7 +360,7 @@ def make_callbacks(config: TrainConfig, prepared: Prepared, plan: Plan, throughp
             prepared.tokenizer.encode(opening(callback.prompt, prepared.tokenizer))  # refuses now what it cannot begin with
     chosen.sort(key=save_order)  # stable
     forecast = plan.forecast
-    callbacks: list[L.Callback] = [ValidateAtEnds()]
+    callbacks: list[L.Callback] = []
     if config.stop_at_loss is not None:
         callbacks.append(StopAtLoss(config.stop_at_loss))
     callbacks.append(MetricsWriter(throughput, forecast.tokens_per_step, forecast.flops_per_token, forecast.peak_flops))
@@ -357,7 +368,7 @@ def make_callbacks(config: TrainConfig, prepared: Prepared, plan: Plan, throughp
         callbacks.append(ProgressBar(forecast.tokens_per_step))
     ema = [callback for callback in chosen if isinstance(callback, EMA)]
     others = [callback for callback in chosen if not isinstance(callback, EMA)]
-    return [*callbacks, *others, GracefulStop(), *ema, throughput]
+    return [*callbacks, *others, GracefulStop(), *ema, throughput, ValidateAtEnds()]
 
 
 def save_order(callback: L.Callback) -> int:
