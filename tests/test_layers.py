@@ -14,7 +14,7 @@ PACKAGE = ROOT / "tinygpt"
 LAYERS = (
     ("config", "summary", "lean"),
     ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory", "lock", "finite"),
-    ("imdb", "tokens", "documents", "streams"),
+    ("imdb", "tokens", "documents", "streams", "synthetic"),
     ("corpus",),
     ("pieces",),
     ("writer", "meter"),
@@ -39,7 +39,7 @@ HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "m
 TORCH_OR_LESS = (
     *("tokenizer", "model", "optim", "loss", "memory", "cache", "decode", "precision", "generate", "engine", "checkpoint"),
     *("pretrained", "hub", "corpus", "streams", "pieces", "writer", "workspace", "meter", "shards", "batches", "terminal"),
-    *("tokenizer_files", "model_card", "lock", "finite"),
+    *("tokenizer_files", "model_card", "lock", "finite", "synthetic"),
 )
 
 

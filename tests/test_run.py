@@ -15,7 +15,7 @@ from tinygpt.batches import BatchOrder
 from tinygpt.callbacks import GracefulStop
 from tinygpt.config import TokenizerConfig, UserError
 from tinygpt.lit import LitGPT
-from tinygpt.loggers import COLUMNS
+from tinygpt.loggers import COLUMNS, CSVLogger
 from tinygpt.model import GPT
 from tinygpt.run import train
 
@@ -113,6 +113,78 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch, 
     assert summary(tmp_path / "run")["status"] == "failed"
     assert opened(tmp_path / "run")["global_step"] == {0: 0, 8: 8, 14: 12, 19: 18}[step]
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+
+
+def killed_inside(monkeypatch, method, call):
+    """At the call-th time that LitGPT's method is called."""
+    real, calls = getattr(LitGPT, method), []
+
+    def dying(self, *arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise RuntimeError("the power is out")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(LitGPT, method, dying)
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "left"),
+    [
+        ("backward_part", 26, 12),  # the second micro-batch of step 13
+        ("validation_step", 2, None),  # the first validation: no checkpoint yet
+        ("validation_step", 5, 6),  # the second, after step 8
+    ],
+)
+def test_a_run_killed_in_the_middle_of_something_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, method, call, left):
+    with monkeypatch.context() as patch:
+        killed_inside(patch, method, call)
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path, **HARD)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert (opened(tmp_path / "run")["global_step"] if last.exists() else None) == left
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+
+
+def test_loader_workers_change_nothing(tmp_path, monkeypatch, whole):
+    hard = {**HARD, "data": {**HARD["data"], "num_workers": 2}}
+    with monkeypatch.context() as patch:
+        killed(patch, 14)
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path, **hard)
+    assert_same_run(run(tmp_path, resume="auto", **hard), whole)
+
+
+def test_a_folder_that_goes_away_takes_nothing_with_it_that_can_be_kept(tmp_path, monkeypatch, caplog):
+    real = LitGPT.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 4:
+            (tmp_path / "run").rename(tmp_path / "moved")
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitGPT, "training_step", training_step)
+    run_dir = run(tmp_path)
+    assert summary(run_dir)["status"] == "done"
+    assert opened(run_dir)["global_step"] == 6
+    assert [row["step"] for row in rows(run_dir)] == ["5", "6"]
+    assert opened(tmp_path / "moved")["global_step"] == 3
+    assert "has gone" in caplog.text
+
+
+def test_lines_that_the_disk_refuses_for_a_while_are_written_later(tmp_path, monkeypatch, caplog):
+    real, refused = CSVLogger.write, []
+
+    def write(self):
+        if 2 <= len(self.waiting) + len(refused) <= 3 or not refused:
+            refused.append(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self)
+
+    monkeypatch.setattr(CSVLogger, "write", write)
+    assert [row["step"] for row in rows(run(tmp_path))] == [str(step) for step in range(7)]
+    assert refused
+    assert caplog.text.count("its lines wait") == 1
 
 
 def test_muon_and_adamw_resume_as_one(tmp_path, monkeypatch):

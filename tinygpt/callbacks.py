@@ -4,6 +4,7 @@ Order matters where two act at the same moment; `run.py` puts them in the order 
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -24,11 +25,15 @@ from tinygpt.generate import generate, opening
 from tinygpt.lit import LitGPT
 from tinygpt.tokenizer import Tokenizer
 
+log = logging.getLogger("tinygpt")
+
 
 class DurableIO(TorchCheckpointIO):
     """Lightning's checkpoints through `durable_save`: its own way loses the old file when the disk is full."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if not (run_dir := Path(path).parents[1]).is_dir():
+            log.warning("%s has gone; it is made again, without what it held", run_dir)
         try:
             durable_save(checkpoint, Path(path))
         except OSError as error:
@@ -225,7 +230,11 @@ class Samples(L.Callback):
             seed=self.seed,
         )
         head = f"## step {trainer.global_step}: validation loss {val_loss(pl_module):.4f}\n"
-        append_section(Path(trainer.default_root_dir) / "samples.md", head, trainer.global_step, fenced(text))
+        path = Path(trainer.default_root_dir) / "samples.md"
+        try:
+            append_section(path, head, trainer.global_step, fenced(text))
+        except OSError as error:
+            log.warning("%s cannot be written: %s", path, error.strerror)
 
 
 def fenced(text: str) -> str:

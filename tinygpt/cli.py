@@ -199,6 +199,7 @@ def for_other_processes(argv: list[str]) -> list[str]:
 def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[str]) -> None:
     """Hydra's own main: it makes the run directory, writes .hydra/ and train.log, and runs sweeps."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `reporting` as they are
+    logging.raiseExceptions = False  # a train.log that cannot be written is no reason to print tracebacks
     given, errors, sweeps, start = sys.argv, list[Exception](), set[Path](), time.time()
 
     def job(config: DictConfig) -> float | None:

@@ -135,7 +135,7 @@ class TokenizerConfig:
                 )
 
 
-CORPORA = ("pydocs", "shakespeare", "books", "imdb", "text", "hf")
+CORPORA = ("pydocs", "shakespeare", "books", "imdb", "text", "hf", "synthetic")
 OF_DOCUMENTS = ("imdb", "hf")  # the corpora that know where each of their documents begins
 
 
@@ -153,6 +153,10 @@ class DataConfig:
     revision: str | None = option(None, "hf: a branch, tag or commit of the data set; null: its newest")
     hf_split: str = option("train", "hf: which of the data set's own splits is read")
     column: str = option("text", "hf: the column that holds the text")
+    synthetic_symbols: int = option(8, "synthetic: letters of the source", ge=2, le=27)
+    synthetic_order: int = option(2, "synthetic: how many letters the next one depends on", ge=1, le=3)
+    synthetic_length: int = option(1_000_000, "synthetic: letters of the text", ge=100)
+    synthetic_seed: int = option(0, "synthetic: which source", ge=0, lt=2**63)
     max_documents: int | None = option(None, "hf: read the first so many documents; null: all", ge=1)
     tokenizer: TokenizerConfig = group(TokenizerConfig, "how text becomes tokens")
     clean: bool = option(False, "imdb: lower case; tags and every character but a-z and white space deleted")

@@ -21,9 +21,10 @@ def held(run_dir: Path) -> Iterator[None]:
     """Hold the run directory. Raises UserError where another process does, on this machine or on one that shares the disk."""
     path = run_dir / NAME
     with acquire(path) as file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         try:
             yield
         finally:

@@ -5,6 +5,7 @@
 
 import contextlib
 import copy
+import errno
 import logging
 import os
 import sys
@@ -43,6 +44,7 @@ STORED = (
     *("model", "data", "optimizer", "trainer", "callbacks", "seed", "compile", "matmul_precision"),
     *("skip_nonfinite", "stop_at_loss"),
 )
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 FIXED = ("model", "seed")  # what a resumed run may not change, beside corpus, tokenizer and global batch
 ENDS = ("trainer", "stop_at_loss", "callbacks")  # what decides when a run is done
 
@@ -55,8 +57,16 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
     if rank:
         logging.disable()
-    with contextlib.nullcontext() if rank or config.dry_run else lock.held(run_dir):
-        return run(config, run_dir, overrides, rank)
+    try:
+        with contextlib.nullcontext() if rank or config.dry_run else lock.held(run_dir):
+            return run(config, run_dir, overrides, rank)
+    except OSError as error:
+        if str(run_dir) not in str(error.filename) and error.errno not in NO_ROOM:
+            raise
+        raise UserError(
+            f"{error.filename or run_dir} cannot be written: {error.strerror}",
+            "make room or choose another hydra.run.dir; the checkpoints that are there are whole",
+        ) from error
 
 
 def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str], rank: int) -> float | None:
