@@ -176,14 +176,13 @@ def test_lines_that_the_disk_refuses_for_a_while_are_written_later(tmp_path, mon
     real, refused = CSVLogger.write, []
 
     def write(self):
-        if 2 <= len(self.waiting) + len(refused) <= 3 or not refused:
+        if len(refused) < 2:
             refused.append(1)
             raise OSError(errno.ENOSPC, "No space left on device")
         real(self)
 
     monkeypatch.setattr(CSVLogger, "write", write)
     assert [row["step"] for row in rows(run(tmp_path))] == [str(step) for step in range(7)]
-    assert refused
     assert caplog.text.count("its lines wait") == 1
 
 
