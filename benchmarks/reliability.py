@@ -8,10 +8,10 @@ signal   Ctrl-C, SIGTERM or SIGUSR1 at a random instant: the exit code, last.ckp
 disk     a file system of a random size that fills up (root, or a kernel that lets users mount): an error, exit code 2, and
          each checkpoint that is there loads.
 folder   the run directory is removed at a random instant: an error or a run that is done, no traceback.
-ddp      two processes, of which one gets SIGKILL at a random instant: all end, and the resumed run equals the undisturbed one.
+ddp      two processes, one of which gets SIGKILL at a random instant: all end, and the resumed run equals the undisturbed one.
 
-Runs are small (1 layer, 30 steps, dropout, two micro-batches, EMA, Muon and AdamW). Those of kill, signal, disk and folder are
-forked from this process, which saves the imports. Writes benchmarks/results/reliability.json.
+Runs are small (1 layer, 30 steps, dropout, two micro-batches, EMA, Muon and AdamW). All but those of ddp are forked from this
+process, which saves the imports. Writes benchmarks/results/reliability.json.
 """
 
 import argparse
@@ -24,11 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import ROOT, machine, write_result
@@ -254,7 +252,8 @@ def ddp(bench: Bench, trials: int) -> Tally:
             except subprocess.TimeoutExpired:
                 problem = "still there after 30 s"
             for left in family:
-                with_no_error(lambda left=left: os.kill(left, signal.SIGKILL))
+                with suppress(OSError):
+                    os.kill(left, signal.SIGKILL)
             process.wait()
             if code == 0:
                 problem = problem or compare(whole, run_dir).difference
@@ -266,13 +265,6 @@ def ddp(bench: Bench, trials: int) -> Tally:
 def children(process: int) -> list[int]:
     path = Path(f"/proc/{process}/task/{process}/children")
     return [int(word) for word in path.read_text().split()] if path.exists() else []
-
-
-def with_no_error(work: Callable[[], Any]) -> None:
-    try:
-        work()
-    except OSError:
-        pass
 
 
 KINDS = {"kill": (kill, 1.0), "signal": (stop, 0.25), "disk": (fill, 0.25), "folder": (vanish, 0.1), "ddp": (ddp, 0.1)}

@@ -41,7 +41,9 @@ def test_the_run_stops_with_step_batch_and_last_good_checkpoint(tmp_path, monkey
     spoil(monkeypatch, 7, value=value)
     with pytest.raises(UserError) as refused:
         run(tmp_path, steps=12, every=100, callbacks=LAST_EVERY_3)
-    starts = re.search(r"step 8 cannot be taken: .* not finite; it held .* begin at the tokens ([\d, ]+)$", str(refused.value))
+    starts = re.search(
+        r"step 8 cannot be taken: .* not finite; it held .* begin at the tokens ([\d, ]+)$", str(refused.value)
+    )
     assert len(starts[1].split(", ")) == 6
     assert "checkpoints/last.ckpt" in refused.value.hint
     assert "skip_nonfinite=" in refused.value.hint
@@ -77,7 +79,9 @@ def test_no_more_steps_are_skipped_than_allowed_also_when_resumed(tmp_path, monk
         run(tmp_path, steps=12, every=100, skip_nonfinite=2, callbacks=LAST_EVERY_3)
     with pytest.raises(UserError, match="step 8 cannot"):  # from step 6, where two had been skipped
         run(tmp_path, steps=12, every=100, skip_nonfinite=2, callbacks=LAST_EVERY_3, resume="auto")
-    assert summary(run(tmp_path, steps=12, every=100, skip_nonfinite=3, callbacks=LAST_EVERY_3, resume="auto"))["steps"] == 12
+    assert (
+        summary(run(tmp_path, steps=12, every=100, skip_nonfinite=3, callbacks=LAST_EVERY_3, resume="auto"))["steps"] == 12
+    )
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
@@ -89,7 +93,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
         self.param_groups[0]["params"][0].data.fill_(float("inf"))
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(UserError, match="step 1 cannot|not finite"):
+    with pytest.raises(UserError, match="step 1 cannot"):
         run(tmp_path, steps=1)
     for name in ("last", "best"):
         opened = ckpt.open_checkpoint(tmp_path / "run" / "checkpoints" / f"{name}.ckpt")

@@ -13,7 +13,8 @@ from tiny import corpus
 from tinygpt import lock
 from tinygpt.config import UserError
 
-HOLD = "import sys, time; from pathlib import Path; from tinygpt import lock\nwith lock.held(Path(sys.argv[1])): print(flush=True); {}"
+HOLD = """import sys, time; from pathlib import Path; from tinygpt import lock
+with lock.held(Path(sys.argv[1])): print(flush=True); {}"""
 
 
 @pytest.fixture

@@ -136,7 +136,9 @@ def killed_inside(monkeypatch, method, call):
         ("validation_step", 5, 6),  # the second, after step 8
     ],
 )
-def test_a_run_killed_in_the_middle_of_something_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, method, call, left):
+def test_a_run_killed_in_the_middle_of_something_ends_as_if_it_had_not_been(
+    tmp_path, monkeypatch, whole, method, call, left
+):
     with monkeypatch.context() as patch:
         killed_inside(patch, method, call)
         with pytest.raises(RuntimeError, match="power"):

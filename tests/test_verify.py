@@ -1,7 +1,7 @@
 """verify_resume=true: says that a killed run is the same, finds it where it is not, and leaves nothing behind."""
 
-import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,9 +26,8 @@ def test_the_proof_on_a_users_own_config(tmp_path):
     assert "identical: " in done.stdout
     assert "13 lines of metrics.csv" in done.stdout
     assert "killed after step" in done.stderr
-    assert os.readlink(tmp_path / "outputs" / "latest") == "a"
-    left = {name for name in files(tmp_path / "outputs")}
-    assert left == {"a", "latest"}
+    assert (tmp_path / "outputs" / "latest").readlink() == Path("a")
+    assert files(tmp_path / "outputs") == {"a", "latest"}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: refused or skipped before the optimizer takes them, and never in a checkpoint."""
+"""Steps whose loss or gradient is not finite: refused or skipped before the optimizer takes them, never saved."""
 
 import logging
 import math

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tinygpt.batches import Batch
 from tinygpt.config import OptimizerConfig, UserError
-from tinygpt.finite import FiniteSteps, NotFinite, finite
 from tinygpt.evaluate import TextMetrics, hidden_states, predict
+from tinygpt.finite import FiniteSteps, NotFinite, finite
 from tinygpt.loss import next_token_loss
 from tinygpt.model import GPT
 from tinygpt.optim import learning_rate, make_optimizer

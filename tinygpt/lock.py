@@ -1,6 +1,6 @@
 """One process at a time in a run directory.
 
-The lock is the system's own, on run.lock, and so ends with the process, however that ends; what the file says is who holds it.
+The lock is the system's own, on run.lock, and ends with the process, however that ends. What the file says is who holds it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ NAME = "run.lock"
 
 @contextlib.contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory. Raises UserError where another process does, on this machine or on one that shares the disk."""
+    """Hold the run directory. Raises UserError where another process does, here or on a machine that shares the disk."""
     path = run_dir / NAME
     with acquire(path) as file:
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its text

@@ -27,8 +27,8 @@ from tinygpt.generate import generate, opening
 from tinygpt.lit import LitGPT
 from tinygpt.progress import Throughput
 from tinygpt.shards import Prepared
-from tinygpt.synthetic import Source
 from tinygpt.summary import read_summary, store_summary
+from tinygpt.synthetic import Source
 
 log = logging.getLogger(__name__)
 

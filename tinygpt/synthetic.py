@@ -1,7 +1,7 @@
 """A text by chance whose entropy is known: the loss that no model can beat, and that a sound training loop gets close to.
 
 A Markov chain: each letter is drawn with probabilities that depend on the few before it. What a letter says on average is
-the entropy rate, sum over the contexts c of pi(c) H(P(. | c)), with pi the stationary distribution (Shannon 1948, section 7).
+the entropy rate, sum over the contexts c of pi(c) H(P(. | c)), pi: the stationary distribution (Shannon 1948, section 7).
 """
 
 from bisect import bisect_right

@@ -46,7 +46,7 @@ def verify(run_dir: Path, seed: int) -> None:
         raise UserError("verify_resume starts processes of its own", "use plain python, with trainer=ddp_cpu for several")
     folder = run_dir / "verify"
     shutil.rmtree(folder, ignore_errors=True)
-    latest = os.readlink(LATEST) if LATEST.is_symlink() else None
+    latest = LATEST.readlink() if LATEST.is_symlink() else None
     try:
         verdict = compare_runs(folder, random.Random(seed))
     finally:
@@ -57,7 +57,9 @@ def verify(run_dir: Path, seed: int) -> None:
         print(f"error: the resumed run is another one: {verdict.difference}", file=sys.stderr)
         print(f"hint: both are in {folder}; on a GPU the order of sums may change from run to run", file=sys.stderr)
         raise SystemExit(1)
-    print(f"identical: {verdict.tensors} tensors of last.ckpt and best.ckpt, {verdict.lines} lines of metrics.csv, samples.md")
+    print(
+        f"identical: {verdict.tensors} tensors of last.ckpt and best.ckpt, {verdict.lines} lines of metrics.csv, samples.md"
+    )
     shutil.rmtree(folder)
     if LATEST.is_symlink() and not LATEST.exists():
         LATEST.unlink()
@@ -145,9 +147,7 @@ def comparable(path: Path) -> dict[str, Any]:
 def lines_of(run_dir: Path) -> dict[str, dict[str, str]]:
     path = run_dir / "metrics.csv"
     rows = read_metrics(path) if path.exists() else []
-    return {
-        f"line {n}": {name: value for name, value in row.items() if name not in TIMING} for n, row in enumerate(rows, 2)
-    }
+    return {f"line {n}": {name: value for name, value in row.items() if name not in TIMING} for n, row in enumerate(rows, 2)}
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
