@@ -8,10 +8,10 @@ signal   Ctrl-C, SIGTERM or SIGUSR1 at a random instant: the exit code, last.ckp
 disk     a file system of a random size that fills up (root, or a kernel that lets users mount): an error, exit code 2, and
          each checkpoint that is there loads.
 folder   the run directory is removed at a random instant: an error or a run that is done, no traceback.
-ddp      two processes, one of which gets SIGKILL at a random instant: all end, and the resumed run equals the undisturbed one.
+ddp      two processes, one of which gets SIGKILL at a random instant: all end, the resumed run is the undisturbed one.
 
-Runs are small (1 layer, 30 steps, dropout, two micro-batches, EMA, Muon and AdamW). All but those of ddp are forked from this
-process, which saves the imports. Writes benchmarks/results/reliability.json.
+Runs are small (1 layer, 30 steps, dropout, two micro-batches, EMA, Muon and AdamW). All but those of ddp are forked from
+this process, which saves the imports. Writes benchmarks/results/reliability.json.
 """
 
 import argparse

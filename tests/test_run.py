@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import CALLBACKS, EMA, LAST_EVERY_3, column, corpus, rows, run, settings, summary, text
 
+from tinygpt import batches
 from tinygpt import checkpoint as ckpt
 from tinygpt.batches import BatchOrder
 from tinygpt.callbacks import GracefulStop
@@ -32,6 +33,7 @@ EARLY = {
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(batches, "VALIDATION_TOKENS", 64)  # five batches of a validation
 
 
 def opened(run_dir, name="last"):
@@ -74,6 +76,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(batches, "VALIDATION_TOKENS", 64)
         return run(folder, **HARD)
 
 
@@ -132,8 +135,8 @@ def killed_inside(monkeypatch, method, call):
     ("method", "call", "left"),
     [
         ("backward_part", 26, 12),  # the second micro-batch of step 13
-        ("validation_step", 2, None),  # the first validation: no checkpoint yet
-        ("validation_step", 5, 6),  # the second, after step 8
+        ("validation_step", 2, None),  # in the first validation: no checkpoint yet
+        ("validation_step", 7, 6),  # in the second, after step 8
     ],
 )
 def test_a_run_killed_in_the_middle_of_something_ends_as_if_it_had_not_been(
@@ -220,11 +223,11 @@ def test_ctrl_c_during_the_first_validation_saves_too(tmp_path, monkeypatch, who
 @pytest.mark.parametrize("validation", [1, 2, 3])
 def test_a_signal_in_the_middle_of_a_validation_is_not_made_to_wait(tmp_path, monkeypatch, whole, validation):
     """After 8, 16 and 20 steps; the resumed run begins with that validation."""
-    real, batches = LitGPT.validation_step, []
+    real, seen = LitGPT.validation_step, []
 
     def validation_step(self, batch, batch_idx):
-        batches.append(batch_idx)
-        if batches.count(0) == validation + 1 and batch_idx == 0:
+        seen.append(batch_idx)
+        if seen.count(1) == validation + 1 and batch_idx == 1:
             signal.raise_signal(signal.SIGTERM)
         return real(self, batch, batch_idx)
 
@@ -233,7 +236,7 @@ def test_a_signal_in_the_middle_of_a_validation_is_not_made_to_wait(tmp_path, mo
         with pytest.raises(SystemExit) as left:
             run(tmp_path, **HARD)
     assert left.value.code == 143
-    assert batches[-1] == 0
+    assert seen[-1] == 1
     assert opened(tmp_path / "run")["global_step"] == (8, 16, 20)[validation - 1]
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
 

@@ -294,6 +294,7 @@ class GracefulStop(L.Callback):
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """A validation may take longer than a cluster waits; the resumed run begins with it."""
         if not trainer.should_stop and (number := self.agree(trainer)):
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()  # else Lightning leaves out what has been read
             self.leave(trainer, number)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

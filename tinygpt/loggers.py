@@ -47,6 +47,7 @@ class CSVLogger(Logger):
         self.path, self.begun = Path(save_dir) / "metrics.csv", False
         self.seconds = 0.0  # what the kept lines had taken
         self.waiting: list[list[Any]] = []  # lines that the disk has refused so far
+        self.warned = False
 
     @property
     def name(self) -> str:
@@ -65,14 +66,23 @@ class CSVLogger(Logger):
         assert step is not None
         if not self.begun:
             self.cut_back(step - 1)
-        had_to_wait = bool(self.waiting)
         self.waiting.append([step, *("" if metrics.get(c) is None else metrics[c] for c in COLUMNS[1:])])
+        self.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits; where the disk refuses it goes on waiting."""
         try:
-            self.write()
-            self.waiting = []
+            if self.waiting:
+                self.write()
+                self.waiting = []
         except OSError as error:
-            if not had_to_wait:
+            if not self.warned:
                 log.warning("%s cannot be written: %s; its lines wait for the next try", self.path, error.strerror)
+            self.warned = True
 
     def write(self) -> None:
         """Append what waits, whole or not at all; with a header where the file is new, or has gone."""
@@ -88,6 +98,7 @@ class CSVLogger(Logger):
     @rank_zero_only
     def sync(self) -> None:
         """Have the lines survive a power cut: a checkpoint of this step is about to."""
+        self.flush()
         with contextlib.suppress(OSError), self.path.open("rb") as file:
             os.fsync(file.fileno())
 
