@@ -33,7 +33,6 @@ EARLY = {
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(batches, "VALIDATION_TOKENS", 64)  # five batches of a validation
 
 
 def opened(run_dir, name="last"):
@@ -76,8 +75,24 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        return run(folder, **HARD)
+
+
+@pytest.fixture(scope="module")
+def validated_in_parts(tmp_path_factory):
+    """The same, where a validation is five batches."""
+    folder = tmp_path_factory.mktemp("parts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         patch.setattr(batches, "VALIDATION_TOKENS", 64)
         return run(folder, **HARD)
+
+
+@pytest.fixture
+def whole_slowly(validated_in_parts, monkeypatch):
+    """That run, for a test whose validations are as it."""
+    monkeypatch.setattr(batches, "VALIDATION_TOKENS", 64)
+    return validated_in_parts
 
 
 def stopped_by_signal(monkeypatch, step):
@@ -140,7 +155,7 @@ def killed_inside(monkeypatch, method, call):
     ],
 )
 def test_a_run_killed_in_the_middle_of_something_ends_as_if_it_had_not_been(
-    tmp_path, monkeypatch, whole, method, call, left
+    tmp_path, monkeypatch, whole_slowly, method, call, left
 ):
     with monkeypatch.context() as patch:
         killed_inside(patch, method, call)
@@ -148,7 +163,7 @@ def test_a_run_killed_in_the_middle_of_something_ends_as_if_it_had_not_been(
             run(tmp_path, **HARD)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert (opened(tmp_path / "run")["global_step"] if last.exists() else None) == left
-    assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole_slowly)
 
 
 def test_loader_workers_change_nothing(tmp_path, monkeypatch, whole):
@@ -220,25 +235,36 @@ def test_ctrl_c_during_the_first_validation_saves_too(tmp_path, monkeypatch, who
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
 
 
-@pytest.mark.parametrize("validation", [1, 2, 3])
-def test_a_signal_in_the_middle_of_a_validation_is_not_made_to_wait(tmp_path, monkeypatch, whole, validation):
-    """After 8, 16 and 20 steps; the resumed run begins with that validation."""
+def signal_in_validation(monkeypatch, number):
+    """SIGTERM in the second batch of a validation, counted from 0; the batches that are read."""
     real, seen = LitGPT.validation_step, []
 
     def validation_step(self, batch, batch_idx):
         seen.append(batch_idx)
-        if seen.count(1) == validation + 1 and batch_idx == 1:
+        if seen.count(1) == number + 1 and batch_idx == 1:
             signal.raise_signal(signal.SIGTERM)
         return real(self, batch, batch_idx)
 
+    monkeypatch.setattr(LitGPT, "validation_step", validation_step)
+    return seen
+
+
+@pytest.mark.parametrize(("number", "step"), [(1, 8), (2, 16)])
+def test_a_signal_in_the_middle_of_a_validation_is_not_made_to_wait(tmp_path, monkeypatch, whole_slowly, number, step):
+    """The resumed run begins with that validation."""
     with monkeypatch.context() as patch:
-        patch.setattr(LitGPT, "validation_step", validation_step)
+        seen = signal_in_validation(patch, number)
         with pytest.raises(SystemExit) as left:
             run(tmp_path, **HARD)
     assert left.value.code == 143
     assert seen[-1] == 1
-    assert opened(tmp_path / "run")["global_step"] == (8, 16, 20)[validation - 1]
-    assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+    assert opened(tmp_path / "run")["global_step"] == step
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole_slowly)
+
+
+def test_a_signal_in_the_last_validation_lets_the_run_end(tmp_path, monkeypatch, whole_slowly):
+    signal_in_validation(monkeypatch, 3)
+    assert_same_run(run(tmp_path, **HARD), whole_slowly)
 
 
 def test_slurms_warning_queues_the_job_again(tmp_path, monkeypatch, whole):

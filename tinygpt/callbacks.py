@@ -292,8 +292,9 @@ class GracefulStop(L.Callback):
             self.leave(trainer, number)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """A validation may take longer than a cluster waits; the resumed run begins with it."""
-        if not trainer.should_stop and (number := self.agree(trainer)):
+        """A validation may take longer than a cluster waits; the resumed run begins with it. The last one is finished."""
+        last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if not last and (number := self.agree(trainer)):
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()  # else Lightning leaves out what has been read
             self.leave(trainer, number)
 

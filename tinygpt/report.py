@@ -120,7 +120,7 @@ def write_summary(outcome: Outcome, status: str) -> None:
         "checkpoint": str(checkpoint) if checkpoint.exists() else None,
         "seed": outcome.config.seed,
         "corpus": {"name": outcome.prepared.corpus, "sha256": outcome.prepared.sha256},
-        "entropy": known_entropy(outcome.config),
+        **({"entropy": entropy} if (entropy := known_entropy(outcome.config)) else {}),
         "forecast": {
             "seconds": round(outcome.forecast.seconds, 3),
             "step_seconds": outcome.forecast.step_seconds,
@@ -154,7 +154,7 @@ def print_result(outcome: Outcome) -> None:
     table.add_column()
     table.add_column(overflow="fold")  # a path that is cut short is of no use
     table.add_row("best val loss", f"{best['loss']:.4f} at step {best['step']}")
-    if entropy := summary["entropy"]:
+    if entropy := summary.get("entropy"):
         table.add_row("entropy", f"{entropy:.4f}, which the loss is {best['loss'] / entropy - 1:.2%} above")
     table.add_row("perplexity", f"{math.exp(min(700.0, best['loss'])):.3f}")
     if best.get("bits_per_byte") is not None:
