@@ -320,15 +320,10 @@ class GracefulStop(L.Callback):
         return int(seen)
 
     def restore(self) -> None:
+        """When the run has left what it leaves: until then a late signal must not cut that short."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.restore()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.restore()
 
 
 def requeue() -> None:

@@ -7,12 +7,14 @@ A checkpoint is Lightning's dictionary with one more entry, `tinygpt`, the card:
 tokenizer and which run it is. Files are always read with `weights_only=True`, and nothing in them names code.
 """
 
+import errno
 import os
 import pickle
+import shutil
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -209,7 +211,7 @@ def durable_save(content: Any, path: Path) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            write(content, file, path)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -217,6 +219,17 @@ def durable_save(content: Any, path: Path) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write(content: Any, file: BinaryIO, path: Path) -> None:
+    """torch.save, with an OSError where the disk refuses: torch's own way is a RuntimeError about positions."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        number = errno.EIO if shutil.disk_usage(path.parent).free > 2**20 else errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def sync_folder(folder: Path) -> None:

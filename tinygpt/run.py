@@ -407,9 +407,16 @@ def recording(outcome: Outcome, loggers: list[Any]) -> Iterator[None]:
             raise SystemExit(130) from None
         raise
     finally:
-        finish(loggers, well=status == "done")
-        if outcome.trainer.is_global_zero:
-            leave(outcome, status)
+        try:
+            finish(loggers, well=status == "done")
+            if outcome.trainer.is_global_zero:
+                leave(outcome, status)
+        finally:
+            graceful_stop(outcome.trainer).restore()
+
+
+def graceful_stop(trainer: L.Trainer) -> GracefulStop:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, GracefulStop))  # type: ignore[attr-defined]
 
 
 def leave(outcome: Outcome, status: str) -> None:
