@@ -164,7 +164,7 @@ def test_a_sweep_ranks_its_jobs_and_a_bad_one_does_not_stop_it(tiny_home, empty)
     assert "Traceback" not in done.stderr
     assert "error: job 1: model.n_embd=16 does not divide by model.n_head=3\nhint: " in done.stderr
     (folder,) = (empty / "outputs/sweeps").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"0", "1", "2", "3", "multirun.yaml", "ranking.csv"}
+    assert {path.name for path in folder.iterdir()} == {"0", "1", "2", "3", "multirun.yaml", "ranking.csv", "ranking.png"}
     assert files(folder / "0") == RUN_DIRECTORY
     with (folder / "ranking.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -9,16 +9,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from scripts import ROOT, run_inside
 from test_conf import compose
 from test_readme import commands_of
 
+from tinygpt.multirun import written
 from tinygpt.run import check_nodes
 from tinygpt.trainer import check_trainer
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-OURS = ("index", "train", "recipes", "model", "configuration", "coming-from", "faq")
+OURS = ("index", "train", "sweeps", "recipes", "model", "configuration", "coming-from", "faq")
 COMMANDS = sorted({line for page in PAGES for line in commands_of(page)})
 SCRIPTS = {line: shlex.split(line) for line in COMMANDS if re.match(r"python \w+\.py", line)}
 TINY_TEXT = "it's, a=[text].txt"  # what tiny_home's run was trained on
@@ -163,11 +166,18 @@ def test_every_command_is_one_that_the_scripts_take(line, home, generate):
 
 
 def jobs(arguments):
-    """The arguments of each job: of a sweep (-m), every combination of the values between commas."""
+    """The arguments of each job: of a sweep (-m), every combination of the values."""
     if "-m" not in arguments:
         return [arguments]
-    values = [argument.partition("=") for argument in arguments if argument != "-m"]
-    return itertools.product(*([f"{key}={one}" for one in value.split(",")] for key, _, value in values))
+    overrides = OverridesParser.create().parse_overrides([item for item in arguments if item != "-m"])
+    return itertools.product(*([values(override) for override in overrides if not override.is_hydra_override()]))
+
+
+def values(override):
+    """As overrides; of an interval its ends."""
+    value = override.value()
+    ends = (value.start, value.end) if isinstance(value, IntervalSweep) else None
+    return [f"{override.get_key_element()}={end}" for end in ends] if ends else written(override)
 
 
 def python_of(page):

@@ -14,8 +14,9 @@ PACKAGE = ROOT / "tinygpt"
 LAYERS = (
     ("config", "summary", "lean"),
     ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory", "lock", "finite"),
-    ("imdb", "tokens", "documents", "streams", "synthetic"),
-    ("corpus",),
+    ("imdb", "tokens", "documents", "streams", "synthetic", "plot", "launch"),
+    ("corpus", "ranking", "search"),
+    ("multirun",),
     ("pieces",),
     ("writer", "meter"),
     ("workspace",),
@@ -25,7 +26,7 @@ LAYERS = (
     ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
     ("checkpoint",),
     ("callbacks", "loggers", "export"),
-    ("progress", "trainer", "plot"),
+    ("progress", "trainer", "pruning"),
     ("report", "served", "verify"),
     ("run", "bodies"),
     ("answers",),
@@ -39,7 +40,7 @@ HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "m
 TORCH_OR_LESS = (
     *("tokenizer", "model", "optim", "loss", "memory", "cache", "decode", "precision", "generate", "engine", "checkpoint"),
     *("pretrained", "hub", "corpus", "streams", "pieces", "writer", "workspace", "meter", "shards", "batches", "terminal"),
-    *("tokenizer_files", "model_card", "lock", "finite", "synthetic"),
+    *("tokenizer_files", "model_card", "lock", "finite", "synthetic", "sweep", "launch", "ranking", "search"),
 )
 
 
@@ -81,8 +82,8 @@ def test_the_core_needs_torch_or_less(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_hydra_lives_in_cli_alone(module):
-    if module != "cli":
+def test_hydra_lives_in_cli_and_for_sweeps_in_multirun(module):
+    if module not in ("cli", "multirun"):
         assert not {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py")} & {"hydra", "omegaconf"}
 
 
@@ -117,7 +118,18 @@ COMPILER = ("torch._dynamo", "sympy")
 # What is installed beside us, or is ours but not needed to begin.
 ELSEWHERE = (
     *("transformers", "datasets", "tiktoken", "tokenizers", "wandb", "tensorboard", "matplotlib", "scipy", "pandas"),
-    *("gradio", "fastapi", "aiohttp", "requests", "huggingface_hub", "torchvision", "onnx", "jsonargparse", "IPython"),
+    *(
+        "gradio",
+        "fastapi",
+        "optuna",
+        "aiohttp",
+        "requests",
+        "huggingface_hub",
+        "torchvision",
+        "onnx",
+        "jsonargparse",
+        "IPython",
+    ),
 )
 
 

@@ -1,7 +1,7 @@
 """The command line: compose a config with Hydra, hold it to its schema, say what is wrong in one line.
 
-Hydra and OmegaConf live here and nowhere else in the package. A script hands over its schema and what to do; what it
-gets back is a plain dataclass.
+Hydra and OmegaConf live here and, for sweeps, in multirun.py, and nowhere else in the package. A script hands over its
+schema and what to do; what it gets back is a plain dataclass.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,21 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tinygpt import lock
+from tinygpt import launch, lock, multirun, sweep
 from tinygpt.config import BUDGETS, UserError, all_keys, from_dict, inner_schema, nearest
 from tinygpt.help import print_help
-from tinygpt.sweep import rank
+from tinygpt.search import EXAMPLE
+from tinygpt.summary import read_summary
+from tinygpt.sweep import remove_empty_above
 
 VERBATIM = ("prompt", "ckpt", "resume", "init_from", "out", "data.path", "gpt2", "api_key")
 NULLABLE = ("resume", "init_from", "out", "data.path", "gpt2", "api_key")  # elsewhere null is a word like any other
 OPEN_GROUPS = ("trainer", "logger", "callbacks")  # theirs: checked against signatures when they are built
-HYDRA_FLAGS = ("-m", "--multirun", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "--version")
+MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
+HYDRA_FLAGS = (*MULTIRUN, "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "--version")
 
 Work = Callable[[Any, Path, list[str]], float | None]
 
@@ -41,7 +42,7 @@ Work = Callable[[Any, Path, list[str]], float | None]
 def main(verb: str, schema: type, work: Work, conf: Path) -> None:
     """Run a script: `work(config, run_dir, overrides)` with the composed config; exits with 2 on a UserError.
 
-    Only `train` has a run directory, runs sweeps (-m) and returns a score for them; the others get the current folder.
+    Only `train` has a run directory and runs sweeps (-m); the others get the current folder.
     """
     argv = sys.argv[1:]
     debug = any(argument.lower() in ("debug=true", "debug=1") for argument in argv)
@@ -52,10 +53,16 @@ def main(verb: str, schema: type, work: Work, conf: Path) -> None:
         refuse_unchosen(argv, schema)
         refuse_flags(argv, HYDRA_FLAGS if verb == "train" else ())
         register(verb, schema)
-        overrides = [prepare_override(argument) for argument in one_budget(argv)]
-        if verb == "train":
-            overrides += for_other_processes(argv)
+        in_sweep = launch.JOB in os.environ  # whose launcher has prepared them
+        overrides = argv if in_sweep else [prepare_override(argument) for argument in one_budget(argv)]
+        if verb == "train" and is_sweep(argv):
             check_resume(argv)
+            job, swept = SweepJob(schema, work, sys.argv[0]), [item for item in overrides if item not in MULTIRUN]
+            sys.exit(multirun.run(job, conf, swept))
+        elif verb == "train":
+            overrides = [*overrides, *for_other_processes(argv)]
+            check_resume(argv)
+            refuse_unswept(argv)
             if not any(argument.startswith("-") for argument in argv):
                 compose(verb, schema, conf, overrides)  # what is wrong is said before there is a run directory
                 refuse_in_use(argv)
@@ -197,24 +204,19 @@ def for_other_processes(argv: list[str]) -> list[str]:
 
 
 def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[str]) -> None:
-    """Hydra's own main: it makes the run directory, writes .hydra/ and train.log, and runs sweeps."""
+    """Hydra's own main: it makes the run directory and writes .hydra/ and train.log."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `reporting` as they are
     logging.raiseExceptions = False  # a train.log that cannot be written is no reason to print tracebacks
-    given, errors, sweeps, start = sys.argv, list[Exception](), set[Path](), time.time()
+    given, errors, single = sys.argv, list[Exception](), launch.JOB not in os.environ
 
     def job(config: DictConfig) -> float | None:
         sys.argv = given  # what Lightning starts the other processes of a run with
         settings, run_dir = HydraConfig.get(), Path(HydraConfig.get().runtime.output_dir)
-        sweeping = settings.mode == RunMode.MULTIRUN
-        if sweeping:
-            sweeps.add(Path(settings.sweep.dir))
         try:
-            with run_directory(run_dir, keep=sweeping and not config.dry_run):  # a failed job stays in the ranking
+            with run_directory(run_dir, keep=not single, say=single):
                 return work(to_schema(config, schema), run_dir, list(settings.overrides.task))
         except Exception as error:  # raised again below: Hydra would print a line of its own before ours
-            errors.append(error)
-            if sweeping and isinstance(error, UserError):
-                complain(UserError(f"job {settings.job.num}: {error}", error.hint))  # and the other jobs go on
+            errors.append(error if single else failed(error, schema, run_dir, list(settings.overrides.task)))
             return None
 
     try:
@@ -226,34 +228,24 @@ def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[s
         raise UserError(f"the run directory cannot be written: {error}", "choose another hydra.run.dir") from error
     finally:
         sys.argv = given
-        remove_bare_sweeps(start)
-    settle(sweeps, errors)
+    if errors:
+        raise errors[0]
 
 
 @contextlib.contextmanager
-def run_directory(run_dir: Path, keep: bool) -> Iterator[None]:
-    """The folder of a job: an interrupted one says how to go on, one that has left nothing of its own goes again."""
+def run_directory(run_dir: Path, keep: bool, say: bool) -> Iterator[None]:
+    """The folder of a run: an interrupted one says how to go on, one that has left nothing of its own goes again."""
     first = is_first_process()
     try:
         yield
     except SystemExit:
         last = run_dir / "checkpoints" / "last.ckpt"
-        if first and last.exists():
+        if first and say and last.exists():
             print(f"interrupted; to go on: python train.py resume={last}", file=sys.stderr)
         raise
     finally:
         if first and not keep:
             remove_if_bare(run_dir)
-
-
-def settle(sweeps: set[Path], errors: list[Exception]) -> None:
-    """Rank what a sweep has run; raise what a single run failed with."""
-    for folder in sweeps:
-        rank(folder)
-    if errors and not sweeps:
-        raise errors[0]
-    if errors:
-        sys.exit(2 if all(isinstance(error, UserError) for error in errors) else 1)
 
 
 def remove_if_bare(run_dir: Path) -> None:
@@ -266,22 +258,72 @@ def remove_if_bare(run_dir: Path) -> None:
         logging.root.removeHandler(handler)  # it would open train.log again
         handler.close()
     shutil.rmtree(run_dir, ignore_errors=True)
-    with contextlib.suppress(OSError):  # not empty: other runs
-        for parent in run_dir.resolve().parents:
-            if not parent.is_relative_to(Path.cwd()) or parent == Path.cwd():
-                break
-            parent.rmdir()
+    remove_empty_above(run_dir)
 
 
-def remove_bare_sweeps(start: float) -> None:
-    """Remove the folder of a sweep of which no job has left anything: it holds multirun.yaml, written since `start`."""
-    with contextlib.suppress(OSError):
-        for path in Path("outputs/sweeps").glob("*/multirun.yaml"):
-            if path.stat().st_mtime >= start - 1 and len(list(path.parent.iterdir())) == 1:
-                path.unlink()
-                path.parent.rmdir()
-        Path("outputs/sweeps").rmdir()  # where it was the first
-        Path("outputs").rmdir()
+# Sweeps
+
+
+def is_sweep(argv: list[str]) -> bool:
+    others = [argument for argument in argv if argument.startswith("-") and argument not in MULTIRUN]
+    return not others and any(argument in MULTIRUN for argument in argv)
+
+
+def refuse_unswept(argv: list[str]) -> None:
+    found = next((item for item in argv if item.lstrip("+").startswith(("sweep=", "sweep."))), None)
+    if found and launch.JOB not in os.environ:
+        raise UserError(f"{found} is for several runs, which need -m", f"for example: {EXAMPLE}")
+
+
+@dataclasses.dataclass
+class SweepJob:
+    """What a launcher calls for each job of a sweep, after a journey by pickle where it has processes of its own.
+
+    What a job does wrong is written down in its folder, and the other jobs go on.
+    """
+
+    schema: type
+    work: Work
+    script: str
+
+    def __call__(self, config: DictConfig) -> None:
+        settings, run_dir = HydraConfig.get(), Path(HydraConfig.get().runtime.output_dir)
+        overrides = list(settings.overrides.task)
+        with run_directory(run_dir, keep=not config.dry_run, say=False):
+            if config.dry_run:
+                self.work(to_schema(config, self.schema), run_dir, overrides)
+                return
+            sweep.begin(run_dir)
+            try:
+                self.train(config, run_dir, overrides)
+            except Exception as error:
+                self.complain(failed(error, self.schema, run_dir, overrides))
+
+    def train(self, config: DictConfig, run_dir: Path, overrides: list[str]) -> None:
+        settings = to_schema(config, self.schema)
+        if (count := launch.processes(settings.trainer)) == 1:
+            self.work(settings, run_dir, overrides)
+            return
+        code = launch.torchrun(self.script, overrides, run_dir, count)
+        if code and "error" not in read_summary(run_dir):  # which the first process writes, if it can
+            raise ChildProcessError(f"a process of this job has ended with exit code {code}")
+
+    @staticmethod
+    def complain(error: Exception) -> None:
+        if isinstance(error, UserError):
+            complain(error)
+        else:
+            logging.getLogger("tinygpt").error("%s", error, exc_info=error)
+
+
+def failed(error: Exception, schema: type, run_dir: Path, overrides: list[str]) -> Exception:
+    """The error of a sweep's job, written down in its folder, in the user's words and with the job's number."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        error = explain(error, schema)
+    if is_first_process():
+        reason = " ".join(str(error).split()) or type(error).__name__
+        sweep.fail(run_dir, overrides, reason, exit_code=2 if isinstance(error, UserError) else 1)
+    return UserError(f"job {run_dir.name}: {error}", error.hint) if isinstance(error, UserError) else error
 
 
 def explain(error: Exception, schema: type) -> UserError:

@@ -242,6 +242,24 @@ class OptimizerConfig:
 
 
 @dataclass
+class SweepConfig:
+    """Several runs: what -m makes of the values that it is given."""
+
+    method: str = option("grid", "every combination | a search by Optuna", choices=("grid", "optuna"))
+    trials: int = option(20, "optuna: how many settings are tried", ge=1)
+    seed: int = option(0, "optuna: decides what is tried", ge=0, lt=2**32)
+    startup_trials: int = option(
+        5, "optuna: so many are drawn by chance and trained to their end, as something to go by", ge=1
+    )
+    prune: bool = option(True, "optuna: end a trial whose best validation loss is above the others' median at that step")
+    prune_after: int = option(1, "optuna: the first step at which a trial may be ended", ge=1)
+    parallel: int = option(1, "optuna: trials begun together, for a launcher that runs several side by side", ge=1)
+
+    def __post_init__(self) -> None:
+        check(self, "sweep.")
+
+
+@dataclass
 class TrainConfig:
     """One training run."""
 
@@ -253,6 +271,7 @@ class TrainConfig:
     )
     logger: dict[str, Any] = option({}, "Lightning loggers, by name")
     callbacks: dict[str, Any] = option({}, "Lightning callbacks, by name")
+    sweep: SweepConfig = group(SweepConfig, "several runs with -m: every combination, or a search")
     seed: int = option(1337, "decides initial weights, batches and dropout", ge=0, lt=2**63)
     matmul_precision: str = option(
         "high",

@@ -12,6 +12,7 @@ EXAMPLES = {
         "python train.py experiment=shakespeare_char_cpu",
         "python train.py model=llama_nano optimizer.lr=3e-3 trainer.max_steps=500",
         "python train.py -m model=nano,llama_nano optimizer.lr=1e-3,3e-3",
+        'python train.py -m sweep=optuna "optimizer.lr=tag(log,interval(1e-4,1e-2))" model.n_layer=1,2,4',
     ),
     "prepare": (
         "python prepare.py data=text data.path=my.txt data/tokenizer=gpt2",

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tinygpt.config import UserError
 from tinygpt.summary import read_metrics
+from tinygpt.sweep import sweep_of
 
 log = logging.getLogger("tinygpt")
 
@@ -37,6 +38,10 @@ COLUMNS = (
     "mfu",
     "seconds",
 )  # timing comes last: all before it is the same in every run of one config and seed
+
+
+# Of waiting for W&B's server, before a run (which with wandb's own start comes to less than 20) and when it is over.
+INIT_SECONDS, FINISH_SECONDS = 12, 60
 
 
 class CSVLogger(Logger):
@@ -118,10 +123,18 @@ class CSVLogger(Logger):
         self.seconds = float(kept[-1]["seconds"] or 0) if kept else 0.0
 
 
-def wandb(project: str, save_dir: str | Path, name: str | None = None, id: str | None = None, mode: str = "auto") -> Logger:
+def wandb(
+    project: str,
+    save_dir: str | Path,
+    name: str | None = None,
+    id: str | None = None,
+    mode: str = "auto",
+    group: str | None = None,
+) -> Logger:
     """A W&B run: online where there is a key and a server, else offline, which it says once with how to upload it.
 
-    id continues that run. mode: auto | online | offline. Raises UserError where wandb is not installed.
+    id continues that run. The jobs of a sweep are a group of that name, unless another is given. mode: auto | online |
+    offline. Raises UserError where wandb is not installed.
     """
     if mode not in ("auto", "online", "offline"):
         raise UserError(f"logger.wandb.mode={mode} is not known", "choose one of: auto, online, offline")
@@ -133,8 +146,19 @@ def wandb(project: str, save_dir: str | Path, name: str | None = None, id: str |
         raise UserError("the wandb package is not installed", "pip install wandb") from error
     from lightning.pytorch.loggers import WandbLogger
 
-    settings = library.Settings(init_timeout=20, console="off", silent=True, disable_git=True)
-    options: dict[str, Any] = {"project": project, "name": name, "id": id, "dir": str(save_dir), "settings": settings}
+    sweep = sweep_of(Path(save_dir))
+    if sweep:
+        name, group = name or f"{sweep.name}/{Path(save_dir).name}", group or sweep.name
+    wanted: dict[str, Any] = {
+        "init_timeout": INIT_SECONDS,
+        "finish_timeout": FINISH_SECONDS,
+        "console": "off",
+        "silent": True,
+    }
+    known = {key: value for key, value in wanted.items() if key in library.Settings.model_fields}  # older ones wait on
+    settings = library.Settings(disable_git=True, **known)
+    options: dict[str, Any] = {"project": project, "name": name, "group": group, "id": id}
+    options |= {"dir": str(save_dir), "settings": settings}
     run = None
     if mode == "online" or (mode == "auto" and has_key()):
         run = connect(library, options, required=mode == "online")

@@ -32,6 +32,7 @@ from tinygpt.memory import keep_memory, set_matmul_precision
 from tinygpt.model import GPT
 from tinygpt.plot import draw_curves
 from tinygpt.progress import MetricsWriter, ProgressBar, Throughput
+from tinygpt.pruning import Pruning
 from tinygpt.report import Outcome, print_result, say_forecast, write_summary
 from tinygpt.shards import Prepared, prepare
 from tinygpt.summary import read_summary
@@ -373,6 +374,8 @@ def make_callbacks(config: TrainConfig, prepared: Prepared, plan: Plan, throughp
     callbacks: list[L.Callback] = []
     if config.stop_at_loss is not None:
         callbacks.append(StopAtLoss(config.stop_at_loss))
+    if config.sweep.method == "optuna":
+        callbacks.append(Pruning(config.sweep))
     callbacks.append(MetricsWriter(throughput, forecast.tokens_per_step, forecast.flops_per_token, forecast.peak_flops))
     if config.trainer.get("enable_progress_bar") is not False:
         callbacks.append(ProgressBar(forecast.tokens_per_step))

@@ -1,65 +1,130 @@
-"""The ranking of a sweep: every job's best validation loss and what sets it apart, the best first, as a table and as CSV."""
+"""A sweep as a folder of jobs: which folder is whose, how an attempt begins, and how it fails.
 
-import csv
-import re
-import sys
+A job is known by its overrides, not by its place in the command. One that is repeated finds its folder again, and one
+that is new gets the next number: whatever changes in a sweep, no job goes on in another's run.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinygpt.summary import read_summary
+from tinygpt.config import BUDGETS, UserError
+from tinygpt.summary import read_summary, store_summary
 
-COLUMNS = ("rank", "job", "best_val_loss", "val_bits_per_byte", "parameters", "seconds", "status", "overrides")
-
-
-def rank(sweep_dir: Path) -> None:
-    """Print the jobs below sweep_dir, best first, and write them to ranking.csv there."""
-    jobs = [folder for folder in sweep_dir.iterdir() if (folder / ".hydra").is_dir()] if sweep_dir.is_dir() else []
-    rows = sorted((row_of(folder) for folder in jobs), key=order)
-    if not rows:
-        return
-    shared = set.intersection(*(set(row["overrides"]) for row in rows)) if len(rows) > 1 else set[str]()
-    for place, row in enumerate(rows, 1):
-        row["rank"] = place
-        row["overrides"] = " ".join(item for item in row["overrides"] if item not in shared)
-    path = sweep_dir / "ranking.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    show(rows, sweep_dir)
+PASSING = ("resume", "debug", "dry_run")  # what may differ from one attempt at a job to the next
+GROWING = ("stop_at_loss", *(f"trainer.{name}" for name in BUDGETS))  # and what may do so where all jobs share it
 
 
-def row_of(folder: Path) -> dict[str, Any]:
-    summary = read_summary(folder)
-    row = {name: summary.get(name) for name in COLUMNS}
-    return {**row, "job": folder.name, "status": row["status"] or "failed", "overrides": given(folder)}
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep. The overrides are in Hydra's grammar, as Hydra writes them down."""
+
+    folder: Path
+    overrides: list[str]
+
+    def summary(self) -> dict[str, Any]:
+        return read_summary(self.folder)
+
+    def done(self) -> bool:
+        """Whether it has ended as this command asks for: with a larger budget it goes on."""
+        summary = self.summary()
+        return summary.get("status") == "done" and identity(summary.get("overrides", ())) == identity(self.overrides)
+
+    def killed(self) -> bool:
+        """Whether it was begun and has left no word on how it ended."""
+        return (self.folder / ".hydra").is_dir() and not self.summary()
+
+
+def assign(sweep_dir: Path, jobs: Iterable[Sequence[str]]) -> list[Job]:
+    """Every job with its folder: that of the same overrides, or a new one. A job that is named twice is one."""
+    planned = [list(overrides) for overrides in jobs]
+    values: dict[str, set[str]] = {key: set() for key in GROWING}
+    for override in itertools.chain(*planned):
+        if (key := key_of(override)) in values:
+            values[key].add(override)
+    shared = [key for key, found in values.items() if len(found) <= 1]
+    known = {identity(given(folder), shared): folder for folder in reversed(folders(sweep_dir))}
+    numbers = (sweep_dir / str(number) for number in itertools.count())
+    free = (folder for folder in numbers if not folder.exists())
+    assigned = {}
+    for overrides in planned:
+        name = identity(overrides, shared)
+        if name not in assigned:
+            assigned[name] = Job(known.get(name) or next(free), overrides)
+    return list(assigned.values())
+
+
+def left_to_do(jobs: Sequence[Job]) -> list[Job]:
+    """Those that are not done. What was killed comes last: if it kills the sweep again, the others have had their turn."""
+    return sorted((job for job in jobs if not job.done()), key=Job.killed)
+
+
+def identity(overrides: Iterable[str], free: Sequence[str] = ()) -> frozenset[str]:
+    """What makes a job another one."""
+    return frozenset(
+        item for item in overrides if key_of(item).split(".")[0] != "sweep" and key_of(item) not in (*PASSING, *free)
+    )
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def folders(sweep_dir: Path) -> list[Path]:
+    """Those of its jobs that have begun, by number."""
+    found = sweep_dir.glob("*/.hydra") if sweep_dir.is_dir() else ()
+    return sorted((path.parent for path in found if path.parent.name.isdigit()), key=lambda folder: int(folder.name))
 
 
 def given(folder: Path) -> list[str]:
-    """The job's overrides, from what Hydra wrote."""
-    text = (folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
-    found = re.findall(r"^- (.*)$", text, flags=re.MULTILINE)
-    return [item for item in found if not item.endswith("=null")]
+    """A job's overrides, from what Hydra has written; nothing where it was killed before."""
+    import yaml
+
+    path = folder / ".hydra" / "overrides.yaml"
+    return list(yaml.safe_load(path.read_text(encoding="utf-8")) or []) if path.exists() else []
 
 
-def order(row: dict[str, Any]) -> tuple[float, str]:
-    loss = row["best_val_loss"]
-    return (float("inf") if loss is None else float(loss), row["job"])
+def sweep_of(run_dir: Path) -> Path | None:
+    """The sweep's folder of one of its jobs; None for a run of its own."""
+    return run_dir.resolve().parent if (run_dir / ".." / "multirun.yaml").exists() else None
 
 
-def show(rows: list[dict[str, Any]], sweep_dir: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=str(sweep_dir))
-    for name in COLUMNS:
-        table.add_column(name.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(shown(row[name]) for name in COLUMNS))
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)  # a file is as wide as it needs
+def refuse_another(sweep_dir: Path, resume: str | None) -> None:
+    """A folder that holds jobs is gone on with, or left alone."""
+    if resume != "auto" and next(iter(folders(sweep_dir)), None):
+        raise UserError(
+            f"{sweep_dir} holds the jobs of a sweep", "resume=auto goes on with them; or name another hydra.sweep.dir"
+        )
 
 
-def shown(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+def remove_empty_above(folder: Path) -> None:
+    """Remove what is empty of the folders that `folder` lay in, up to the current one."""
+    with contextlib.suppress(OSError):  # not empty: other runs
+        for parent in folder.resolve().parents:
+            if not parent.is_relative_to(Path.cwd()) or parent == Path.cwd():
+                break
+            parent.rmdir()
+
+
+# An attempt
+
+
+def begin(folder: Path) -> None:
+    """What an attempt before this one has left as its end no longer holds, unless it was done."""
+    if read_summary(folder).get("status") != "done":
+        (folder / "summary.json").unlink(missing_ok=True)
+
+
+def fail(folder: Path, overrides: Sequence[str], error: str, exit_code: int) -> None:
+    """Write down why a job has failed; exit_code is 2 where its user can put it right."""
+    said = {"status": "failed", "error": error, "exit_code": exit_code, "overrides": list(overrides)}
+    store_summary(folder, {**read_summary(folder), **said})
+
+
+def exit_code(jobs: Iterable[Job]) -> int:
+    """0 where no job has failed, 2 where all that have can be put right by their user, else 1."""
+    codes = {job.summary().get("exit_code", 1) for job in jobs if job.summary().get("status") == "failed"}
+    return 0 if not codes else 2 if codes == {2} else 1
