@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import column, corpus, summary
+from together import environment, free_port
 
 from tinygpt.checkpoint import open_checkpoint
 
@@ -25,11 +26,6 @@ def command(folder, *overrides):
         *("data.global_batch_size=6", "data.micro_batch_size=2", "trainer.log_every_n_steps=1"),
         *("callbacks.samples.max_new_tokens=10", "optimizer.warmup_steps=2", *overrides),
     ]
-
-
-def environment():
-    launcher = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-    return {**{k: v for k, v in os.environ.items() if k not in launcher}, "OMP_NUM_THREADS": "1"}
 
 
 def train(folder, *overrides):
@@ -122,3 +118,24 @@ def test_torchrun_makes_one_run_too(runs, tmp_path):
     assert len(list((tmp_path / "outputs").rglob("train.log"))) == 1
     assert not (tmp_path / "train.log").exists()
     assert dict(column(made, "val/loss")) == pytest.approx(dict(column(folder / "two", "val/loss")), abs=1e-6)
+
+
+def test_two_machines_make_one_run_too(runs, tmp_path):
+    """Two torchruns of one process each, as on two machines; which of them is first to end is not said."""
+    folder, _ = runs
+    python, *rest = command(tmp_path, "trainer=ddp_cpu", "trainer.max_steps=5", "trainer.val_check_interval=3")
+    together = [python, "-m", "torch.distributed.run", "--nproc-per-node=1", "--nnodes=2", "--master-addr=127.0.0.1"]
+    together.append(f"--master-port={free_port()}")
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    machines = [
+        subprocess.Popen([*together, f"--node-rank={rank}", *rest], cwd=tmp_path, env=environment(), **streams)
+        for rank in (1, 0)
+    ]
+    said = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert said[0] == ("", "")
+    assert said[1][0].count("best val loss") == 1
+    (made,) = (path.parent for path in (tmp_path / "outputs").glob("*/*/summary.json"))
+    assert len(list((tmp_path / "outputs").rglob("train.log"))) == 1
+    assert not (tmp_path / "train.log").exists()
+    assert dict(column(made, "val/loss")) == pytest.approx(dict(column(folder / "one", "val/loss")), abs=1e-6)

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "tinygpt"
 
 # From the bottom up: a module may import those of the lines above its own.
 LAYERS = (
-    ("config", "summary", "lean"),
+    ("config", "summary", "lean", "ranks"),
     ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory"),
     ("imdb", "tokens", "documents", "streams"),
     ("corpus",),
@@ -20,13 +20,14 @@ LAYERS = (
     ("writer", "meter"),
     ("workspace",),
     ("optim", "loss", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
-    ("decode", "precision"),
+    ("decode", "precision", "sharding"),
     ("generate",),
     ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
     ("checkpoint",),
     ("callbacks", "loggers", "export"),
     ("progress", "trainer", "plot"),
     ("report", "served"),
+    ("watch",),
     ("run", "bodies"),
     ("answers",),
     ("guard", "openai_api", "playground"),

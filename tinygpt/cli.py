@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tinygpt.config import BUDGETS, UserError, all_keys, from_dict, inner_schema, nearest
 from tinygpt.help import print_help
+from tinygpt.ranks import give_way, is_first
 from tinygpt.sweep import rank
 
 VERBATIM = ("prompt", "ckpt", "resume", "init_from", "out", "data.path", "gpt2", "api_key")
@@ -70,11 +71,13 @@ def reporting(schema: type, debug: bool) -> Iterator[None]:
     except UserError as error:
         if debug:
             raise
+        give_way()
         complain(error)
-        sys.exit(2)
+        sys.exit(error.code)
     except (HydraException, OmegaConfBaseException) as error:
         if debug:
             raise
+        give_way()
         complain(explain(error, schema))
         sys.exit(2)
     except KeyboardInterrupt:
@@ -174,8 +177,9 @@ def refuse_unknown(values: dict[Any, Any], schema: type, prefix: str) -> None:
 
 
 def for_other_processes(argv: list[str]) -> list[str]:
-    """Of the processes that torchrun starts only the first has a run directory: theirs would carry other times."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":
+    """Of several processes only the first has a run directory: theirs would carry other times. Lightning tells those that
+    it starts where it is."""
+    if is_first() or "hydra.output_subdir=null" in argv:
         return []
     elsewhere = [] if any(argument.startswith("hydra.run.dir=") for argument in argv) else ["hydra.run.dir=."]
     return [*elsewhere, "hydra.output_subdir=null", f"hydra.job_logging.handlers.file.filename={os.devnull}"]
@@ -217,7 +221,7 @@ def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[s
 @contextlib.contextmanager
 def run_directory(run_dir: Path, keep: bool) -> Iterator[None]:
     """The folder of a job: an interrupted one says how to go on, one that has left nothing of its own goes again."""
-    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))  # of several processes
+    first = is_first()
     try:
         yield
     except SystemExit:

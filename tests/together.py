@@ -1,0 +1,104 @@
+"""Several processes of one run, as torchrun would start them, but forked from this one, so that nothing is imported again;
+and the processes of a run that was started for real."""
+
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch
+from scripts import run_inside
+
+LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "TINYGPT_PARENT")
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def places(world):
+    """What torchrun puts into the environment of each process."""
+    shared = {
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "GROUP_RANK": 0,
+        "GROUP_WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    for rank in range(world):
+        yield {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+
+
+def train_together(*arguments, cwd, world=2, before=None):
+    """What each of the processes of `train.py arguments` did, by rank; None for one that died. before(rank) comes first."""
+    context, started = multiprocessing.get_context("fork"), []
+    for rank, place in enumerate(places(world)):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=train_alone, args=(sender, rank, place, arguments, cwd, before))
+        process.start()
+        sender.close()
+        started.append((process, receiver))
+    return [result(*one) for one in started]
+
+
+def train_alone(sender, rank, place, arguments, cwd, before):
+    torch.set_num_threads(1)  # the threads of the process that this one was forked from are not here
+    if before:
+        before(rank)
+    sender.send(run_inside("train", *arguments, cwd=cwd, env=place))
+
+
+def result(process, receiver, seconds=60):
+    try:
+        return receiver.recv() if receiver.poll(seconds) else None
+    except EOFError:
+        return None
+    finally:
+        process.join(5)
+        process.kill()
+
+
+def environment():
+    """That of a process that no launcher has started."""
+    return {**{k: v for k, v in os.environ.items() if k not in LAUNCHER}, "OMP_NUM_THREADS": "1"}
+
+
+def ranks_below(pid):
+    """{rank: pid} of the processes below `pid` that were started as one of several."""
+    found, parents = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    for child in parents:
+        above = child
+        while above in parents and above != pid:
+            above = parents[above]
+        if above == pid != child:
+            place = dict(item.partition("=")[::2] for item in read_environment(child))
+            if rank := place.get("RANK", place.get("LOCAL_RANK")):
+                found[int(rank)] = child
+    return found
+
+
+def read_environment(pid):
+    try:
+        return Path(f"/proc/{pid}/environ").read_text().split("\0")
+    except OSError:
+        return []
+
+
+def wait_until(holds, process=None, seconds=60):
+    """The first true value of holds(), while `process` lives."""
+    end = time.monotonic() + seconds
+    while not (value := holds()):
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+    return value
