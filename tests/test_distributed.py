@@ -1,91 +1,104 @@
 """What must not depend on how many processes a run has, or on whether its weights are divided over them."""
 
 import pytest
+import tiny
 import torch
 from scripts import run_inside
-from test_ddp import TWO, command
+from test_ddp import command
 from tiny import column
-from together import train_together
+from together import together, train_together
 
+from tinygpt import forecast, run
 from tinygpt.checkpoint import open_checkpoint
 
-ONE = ("trainer=cpu",)
-SHARDED = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")
-NUMBERS = ("train/loss", "val/loss", "grad_norm", "lr")
+TWO = {"strategy": "ddp"}
+SHARDED = {"strategy": {"_target_": "tinygpt.sharding.FSDP2"}}
+CONSTANT = {"lr": 1e-2, "warmup_steps": 2, "schedule": "constant"}
 
 
-def train(folder, trainer, *overrides):
-    """A run by as many processes as `trainer` says."""
-    arguments = command(folder, *trainer, "trainer.val_check_interval=3", *overrides)[2:]
-    if trainer == ONE:
-        done = [run_inside("train", *arguments, cwd=folder)]
-    else:
-        done = train_together(*arguments, cwd=folder)
-    assert {one and one.code for one in done} == {0}, done
-    return done
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Without what takes longer than such a run."""
+    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(run, "print_result", lambda *_: None)
+    monkeypatch.setattr(forecast, "repeat", lambda *_: [1.0])
 
 
-def weights(folder, name):
-    return open_checkpoint(folder / name / "checkpoints" / "last.ckpt")["state_dict"]
+def train(folder, name, trainer=None, **changes):
+    """A run by as many processes as `trainer` needs."""
+
+    def work(rank):
+        return str(tiny.run(folder, name, trainer=trainer, **changes))
+
+    assert (together(work) if trainer else [work(0)])[0] == str(folder / name)
 
 
-def assert_alike(folder, one, two, atol):
-    torch.testing.assert_close(weights(folder, two), weights(folder, one), rtol=0, atol=atol)
-    for name in NUMBERS:
-        assert dict(column(folder / two, name)) == pytest.approx(dict(column(folder / one, name)), abs=atol), name
+def last(folder, name):
+    return open_checkpoint(folder / name / "checkpoints" / "last.ckpt")
+
+
+def numbers(folder, name, steps=None):
+    """{(metric, step): value} of what a run has logged at every step, or of what one has at these."""
+    found = {(metric, step): v for metric in ("train/loss", "grad_norm", "lr") for step, v in column(folder / name, metric)}
+    return {key: value for key, value in found.items() if steps is None or key[1] in steps}
+
+
+def assert_alike(folder, one, two):
+    for part in ("state_dict", "optimizer_states"):
+        torch.testing.assert_close(last(folder, two)[part], last(folder, one)[part], rtol=0, atol=1e-5)
+    assert numbers(folder, two) == pytest.approx(numbers(folder, one), abs=1e-5)
+    common = dict(column(folder / one, "val/loss"))
+    assert {k: v for k, v in column(folder / two, "val/loss") if k in common} == pytest.approx(common, abs=1e-6)
 
 
 def test_muon_in_two_processes_comes_to_the_weights_of_one(tmp_path):
-    muon = ("optimizer=muon", "trainer.max_steps=6")
-    train(tmp_path, ONE, *muon, "hydra.run.dir=one")
-    train(tmp_path, TWO, *muon, "hydra.run.dir=two")
-    assert_alike(tmp_path, "one", "two", atol=1e-5)
+    for name, trainer in (("one", None), ("two", TWO)):
+        train(tmp_path, name, trainer, optimizer={"name": "muon"})
+    assert_alike(tmp_path, "one", "two")
 
 
-@pytest.mark.parametrize(("first", "then"), [(TWO, ONE), (ONE, TWO)], ids=["2 to 1", "1 to 2"])
-def test_a_run_goes_on_with_another_number_of_processes(first, then, tmp_path):
-    train(tmp_path, ONE, "trainer.max_steps=8", "optimizer.schedule=constant", "hydra.run.dir=whole")
-    train(tmp_path, first, "trainer.max_steps=5", "optimizer.schedule=constant", "hydra.run.dir=run")
-    resumed = ("trainer.max_steps=8", "optimizer.schedule=constant", "resume=auto", "hydra.run.dir=run")
-    train(tmp_path, then, *resumed)
-    own = {row: value for row, value in column(tmp_path / "run", "train/loss") if row > 5}
-    assert own.keys() == {6, 7, 8}
-    assert own == pytest.approx({k: v for k, v in column(tmp_path / "whole", "train/loss") if k > 5}, abs=1e-6)
-    torch.testing.assert_close(weights(tmp_path, "run"), weights(tmp_path, "whole"), rtol=0, atol=1e-5)
+def test_a_run_goes_on_with_another_number_of_processes_whole_or_divided(tmp_path):
+    """One, two, one, then divided over two, and one again."""
+    train(tmp_path, "whole", steps=9, every=9, optimizer=CONSTANT)
+    for trainer, steps in ((None, 2), (TWO, 4), (None, 5), (SHARDED, 6), (SHARDED, 8), (None, 9)):
+        train(tmp_path, "run", trainer, steps=steps, every=9, optimizer=CONSTANT, resume="auto")
+    assert {step for _, step in numbers(tmp_path, "run")} == set(range(1, 10))
+    assert_alike(tmp_path, "whole", "run")
 
 
-def test_resume_latest_means_the_same_run_in_every_process(tmp_path):
-    train(tmp_path, TWO, "trainer.max_steps=3", "hydra.run.dir=outputs/first")
-    train(tmp_path, TWO, "resume=latest", "trainer.max_steps=5", "hydra.run.dir=outputs/second")
-    assert [step for step, _ in column(tmp_path / "outputs/second", "train/loss")] == [4, 5]
+def test_resume_latest_means_the_same_run_in_every_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tmp_path, "first", TWO, steps=2)
+    train(tmp_path, "second", TWO, steps=4, resume="latest", overrides=("trainer.max_steps=4",))
+    assert [step for step, _ in column(tmp_path / "second", "train/loss")] == [3, 4]
 
 
-@pytest.mark.parametrize("shape", [(), ("model=llama_nano", "model.n_kv_head=1")], ids=["gpt2", "llama"])
-def test_a_sharded_model_trains_like_a_whole_one(shape, tmp_path):
-    """Losses, and the norm that gradients are clipped by; then its checkpoint is that of any other run."""
-    steps = ("trainer.max_steps=6", "optimizer.grad_clip=0.5", *shape)
-    train(tmp_path, ONE, *steps, "hydra.run.dir=whole")
-    done = train(tmp_path, SHARDED, *steps, "hydra.run.dir=sharded")
-    assert_alike(tmp_path, "whole", "sharded", atol=1e-5)
-    assert max(norm for _, norm in column(tmp_path / "whole", "grad_norm")) > 0.5  # so they were clipped
-    assert done[1].stdout == done[1].stderr == ""
-    path = tmp_path / "sharded/checkpoints/last.ckpt"
-    assert path.stat().st_size == pytest.approx((tmp_path / "whole/checkpoints/last.ckpt").stat().st_size, rel=0.05)
-    sampled = [
-        run_inside("sample", f"ckpt={run}", "max_new_tokens=20", "seed=1", cwd=tmp_path) for run in ("whole", "sharded")
-    ]
-    assert sampled[0] == sampled[1]
-    assert sampled[1].code == 0
+LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 1, "n_layer": 2, "tie_embeddings": False}
 
 
-def test_a_run_goes_on_sharded_and_whole_again(tmp_path):
-    constant = ("optimizer.schedule=constant", "resume=auto", "hydra.run.dir=run")
-    train(tmp_path, ONE, "trainer.max_steps=9", "optimizer.schedule=constant", "hydra.run.dir=whole")
-    for trainer, steps in ((ONE, 3), (SHARDED, 5), (SHARDED, 7), (ONE, 9)):
-        train(tmp_path, trainer, f"trainer.max_steps={steps}", *constant)
-    assert_alike(tmp_path, "whole", "run", atol=1e-5)
-    a, b = (open_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["optimizer_states"] for name in ("whole", "run"))
-    torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("model", [{"bias": True}, LLAMA], ids=["gpt2", "llama"])
+def test_a_divided_model_trains_like_a_whole_one(model, tmp_path):
+    """Losses, and the norm that gradients are clipped by: that of the whole."""
+    clipped = {"lr": 1e-2, "warmup_steps": 2, "grad_clip": 0.3}
+    for name, trainer in (("whole", None), ("divided", SHARDED)):
+        train(tmp_path, name, trainer, model=model, optimizer=clipped, data={"micro_batch_size": 2})
+    assert_alike(tmp_path, "whole", "divided")
+    assert min(norm for _, norm in column(tmp_path / "whole", "grad_norm")) > 0.3  # so all were clipped
+    sizes = [(tmp_path / name / "checkpoints" / "best.ckpt").stat().st_size for name in ("whole", "divided")]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)  # a tied weight is stored once
+
+
+def test_trainer_fsdp_makes_a_run_like_any_other(tmp_path):
+    sharded = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.max_steps=3", "hydra.run.dir=run")
+    first, second = train_together(*command(tmp_path, *sharded)[2:], cwd=tmp_path)
+    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
+    assert (second.stdout, second.stderr) == ("", "")
+    assert "Warning" not in first.stderr
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {".hydra", "checkpoints", "metrics.csv", "summary.json", "train.log"}
+    sampled = run_inside("sample", "ckpt=run", "max_new_tokens=20", cwd=tmp_path)
+    assert sampled.code == 0, sampled.stderr
+    assert sampled.stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -98,9 +111,9 @@ def test_a_run_goes_on_sharded_and_whole_again(tmp_path):
         ("trainer.strategy=fsdp", "an older FSDP", "trainer=fsdp"),
     ],
 )
-def test_what_a_sharded_model_cannot_have_is_refused(override, error, hint, tmp_path):
-    arguments = command(tmp_path, *SHARDED, "trainer.max_steps=3", "hydra.run.dir=run", override)[2:]
-    done = run_inside("train", *arguments, cwd=tmp_path)
+def test_what_a_divided_model_cannot_have_is_refused(override, error, hint, tmp_path):
+    sharded = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=3")
+    done = run_inside("train", *command(tmp_path, *sharded, "hydra.run.dir=run", override)[2:], cwd=tmp_path)
     assert done.code == 2
     (first, second) = done.stderr.splitlines()
     assert first.startswith("error: ")

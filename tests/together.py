@@ -1,5 +1,5 @@
 """Several processes of one run, as torchrun would start them, but forked from this one, so that nothing is imported again;
-and the processes of a run that was started for real."""
+and where to find the processes of a run that was started for real."""
 
 import multiprocessing
 import os
@@ -34,23 +34,22 @@ def places(world):
         yield {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
 
 
-def train_together(*arguments, cwd, world=2, before=None):
-    """What each of the processes of `train.py arguments` did, by rank; None for one that died. before(rank) comes first."""
+def together(work, world=2):
+    """What work(rank) gives in each process of a run of several; None where it raises."""
     context, started = multiprocessing.get_context("fork"), []
     for rank, place in enumerate(places(world)):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=train_alone, args=(sender, rank, place, arguments, cwd, before))
+        process = context.Process(target=alone, args=(sender, work, rank, place))
         process.start()
         sender.close()
         started.append((process, receiver))
     return [result(*one) for one in started]
 
 
-def train_alone(sender, rank, place, arguments, cwd, before):
+def alone(sender, work, rank, place):
+    os.environ.update(place)
     torch.set_num_threads(1)  # the threads of the process that this one was forked from are not here
-    if before:
-        before(rank)
-    sender.send(run_inside("train", *arguments, cwd=cwd, env=place))
+    sender.send(work(rank))
 
 
 def result(process, receiver, seconds=60):
@@ -59,8 +58,18 @@ def result(process, receiver, seconds=60):
     except EOFError:
         return None
     finally:
-        process.join(5)
+        process.join(10)
         process.kill()
+
+
+def train_together(*arguments, cwd, before=lambda rank: None):
+    """What each of the two processes of `train.py arguments` said and returned. before(rank) comes first in each."""
+
+    def work(rank):
+        before(rank)
+        return run_inside("train", *arguments, cwd=cwd)
+
+    return together(work)
 
 
 def environment():

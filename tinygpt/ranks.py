@@ -13,7 +13,7 @@ def is_first() -> bool:
 
 
 def launched() -> tuple[int, int] | None:
-    """(processes on each machine, machines) where torchrun or srun has started them; None where Lightning does, or no one."""
+    """(processes on each machine, machines) where torchrun or srun started them; None where Lightning does, or no one."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         return here, int(os.environ["WORLD_SIZE"]) // here

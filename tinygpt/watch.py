@@ -40,7 +40,7 @@ class Lost(UserError):
 
 
 class Watch(L.Callback):
-    """Ends this process when another one of the run is lost. Comes after GracefulStop; use as `with watch.over(trainer):`."""
+    """Ends this process when another one of the run is lost. Comes last; use as `with watch.over(trainer):`."""
 
     def __init__(self, run_dir: Path, again: bool) -> None:
         """again: whether the same command goes on with the run (resume=auto)."""
@@ -57,7 +57,7 @@ class Watch(L.Callback):
             yield
             return
         # Lightning's own observer kills the first process too, without a word.
-        subprocess_script._launch_process_observer = lambda _: None  # type: ignore[assignment]
+        subprocess_script._launch_process_observer = lambda _: None  # type: ignore[attr-defined, assignment]
         if self.launcher is None and trainer.local_rank == 0:
             os.environ[PARENT] = str(os.getpid())
         threading.Thread(target=self.look_after, daemon=True).start()
@@ -202,7 +202,7 @@ def leave_within(seconds: float) -> None:
     timer.start()
 
 
-def store() -> torch.distributed.Store:
+def store() -> Any:
     return torch.distributed.distributed_c10d._get_default_store()
 
 
