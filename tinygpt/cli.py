@@ -71,7 +71,8 @@ def reporting(schema: type, debug: bool) -> Iterator[None]:
     except UserError as error:
         if debug:
             raise
-        give_way()
+        if error.code == 2:  # else it is about the other processes
+            give_way()
         complain(error)
         sys.exit(error.code)
     except (HydraException, OmegaConfBaseException) as error:
