@@ -6,10 +6,8 @@ import torch
 from scripts import run_inside
 from test_ddp import command
 from tiny import column
-from together import together, train_together
+from together import together, train_quickly, train_together
 
-from tinygpt import forecast
-from tinygpt import run as runs
 from tinygpt.checkpoint import open_checkpoint
 
 TWO = {"strategy": "ddp"}
@@ -20,10 +18,7 @@ LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 1,
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Without what takes longer than such a run."""
-    monkeypatch.setattr(runs, "draw_curves", lambda *_: None)
-    monkeypatch.setattr(runs, "print_result", lambda *_: None)
-    monkeypatch.setattr(forecast, "repeat", lambda *_, **__: [1.0])
+    train_quickly(monkeypatch)
 
 
 def train(folder, name, trainer=None, **changes):

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from scripts import run_inside
 
+from tinygpt import forecast, run
+
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "TINYGPT_PARENT")
 
 
@@ -19,25 +21,19 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def places(world):
-    """What torchrun puts into the environment of each process."""
-    shared = {
-        "WORLD_SIZE": world,
-        "LOCAL_WORLD_SIZE": world,
-        "GROUP_RANK": 0,
-        "GROUP_WORLD_SIZE": 1,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-        "TORCHELASTIC_RUN_ID": "test",
-    }
-    for rank in range(world):
-        yield {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+def places(machines):
+    """What torchrun puts into the environment of each of two processes, on one machine or on two."""
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2 // machines, "GROUP_WORLD_SIZE": machines}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "test"}
+    for rank in (0, 1):
+        own = {"RANK": rank, "LOCAL_RANK": rank % (2 // machines), "GROUP_RANK": rank * machines // 2}
+        yield {name: str(value) for name, value in {**shared, **own}.items()}
 
 
-def together(work, world=2):
-    """What work(rank) gives in each process of a run of several; None where it raises."""
+def together(work, machines=1):
+    """What work(rank) gives in each of two processes of a run; None where one dies."""
     context, started = multiprocessing.get_context("fork"), []
-    for rank, place in enumerate(places(world)):
+    for rank, place in enumerate(places(machines)):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=alone, args=(sender, work, rank, place))
         process.start()
@@ -62,14 +58,21 @@ def result(process, receiver, seconds=60):
         process.kill()
 
 
-def train_together(*arguments, cwd, before=lambda rank: None):
+def train_together(*arguments, cwd, before=lambda rank: None, machines=1):
     """What each of the two processes of `train.py arguments` said and returned. before(rank) comes first in each."""
 
     def work(rank):
         before(rank)
         return run_inside("train", *arguments, cwd=cwd)
 
-    return together(work)
+    return together(work, machines)
+
+
+def train_quickly(monkeypatch):
+    """Leave out what takes longer than a run of a few steps."""
+    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(run, "print_result", lambda *_: None)
+    monkeypatch.setattr(forecast, "repeat", lambda *_, **__: [1.0])
 
 
 def environment():
