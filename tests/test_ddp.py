@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import column, corpus, summary
-from together import environment, free_port, train_together
+from together import environment, free_port, places, tasks, train_together
 
 from tinygpt.checkpoint import open_checkpoint
 
@@ -127,8 +127,11 @@ def assert_one_run(folder, runs):
 MACHINES = ("trainer=ddp_cpu", "trainer.max_steps=5", "trainer.val_check_interval=3")
 
 
-def test_two_machines_make_one_run_too(runs, tmp_path):
-    first, second = train_together(*command(tmp_path, *MACHINES)[2:], cwd=tmp_path, machines=2)
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_two_machines_or_tasks_make_one_run_too(launcher, runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))  # srun's would be a function of the job's number
+    environments = {"torchrun": places(machines=2), "srun": tasks()}[launcher]
+    first, second = train_together(*command(tmp_path, *MACHINES)[2:], cwd=tmp_path, environments=environments)
     assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
     assert (second.stdout, second.stderr) == ("", "")
     assert_one_run(tmp_path, runs[0])

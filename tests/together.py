@@ -30,10 +30,18 @@ def places(machines):
         yield {name: str(value) for name, value in {**shared, **own}.items()}
 
 
-def together(work, machines=1):
+def tasks():
+    """What srun puts into the environment of each of two tasks of a job."""
+    shared = {"NTASKS": 2, "NTASKS_PER_NODE": 2, "NNODES": 1, "JOB_ID": 12, "JOB_NAME": "run", "NODELIST": "127.0.0.1"}
+    for rank in (0, 1):
+        own = {**shared, "PROCID": rank, "LOCALID": rank, "NODEID": 0}
+        yield {f"SLURM_{name}": str(value) for name, value in own.items()}
+
+
+def together(work, environments=None):
     """What work(rank) gives in each of two processes of a run; None where one dies."""
     context, started = multiprocessing.get_context("fork"), []
-    for rank, place in enumerate(places(machines)):
+    for rank, place in enumerate(environments or places(1)):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=alone, args=(sender, work, rank, place))
         process.start()
@@ -58,14 +66,14 @@ def result(process, receiver, seconds=60):
         process.kill()
 
 
-def train_together(*arguments, cwd, before=lambda rank: None, machines=1):
+def train_together(*arguments, cwd, before=lambda rank: None, environments=None):
     """What each of the two processes of `train.py arguments` said and returned. before(rank) comes first in each."""
 
     def work(rank):
         before(rank)
         return run_inside("train", *arguments, cwd=cwd)
 
-    return together(work, machines)
+    return together(work, environments)
 
 
 def train_quickly(monkeypatch):
