@@ -12,7 +12,7 @@ PACKAGE = ROOT / "tinygpt"
 
 # From the bottom up: a module may import those of the lines above its own.
 LAYERS = (
-    ("config", "summary", "lean"),
+    ("config", "summary", "lean", "ranks"),
     ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory", "lock", "finite"),
     ("imdb", "tokens", "documents", "streams", "synthetic", "plot", "launch"),
     ("corpus", "ranking", "search"),
@@ -21,13 +21,14 @@ LAYERS = (
     ("writer", "meter"),
     ("workspace",),
     ("optim", "loss", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
-    ("decode", "precision"),
+    ("decode", "precision", "sharding"),
     ("generate",),
     ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
     ("checkpoint",),
     ("callbacks", "loggers", "export"),
     ("progress", "trainer", "pruning"),
     ("report", "served", "verify"),
+    ("watch",),
     ("run", "bodies"),
     ("answers",),
     ("guard", "openai_api", "playground"),

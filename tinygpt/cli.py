@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tinygpt import launch, lock, multirun, sweep
 from tinygpt.config import BUDGETS, UserError, all_keys, from_dict, inner_schema, nearest
 from tinygpt.help import print_help
+from tinygpt.ranks import give_way, is_first
 from tinygpt.search import EXAMPLE
 from tinygpt.summary import read_summary
 from tinygpt.sweep import remove_empty_above
@@ -79,11 +80,14 @@ def reporting(schema: type, debug: bool) -> Iterator[None]:
     except UserError as error:
         if debug:
             raise
+        if error.code == 2:  # else it is about the other processes
+            give_way()
         complain(error)
-        sys.exit(2)
+        sys.exit(error.code)
     except (HydraException, OmegaConfBaseException) as error:
         if debug:
             raise
+        give_way()
         complain(explain(error, schema))
         sys.exit(2)
     except KeyboardInterrupt:
@@ -141,15 +145,10 @@ def check_resume(argv: list[str]) -> None:
 
 def refuse_in_use(argv: list[str]) -> None:
     """A run directory that another process trains in stays as it is."""
-    if is_first_process():
+    if is_first():
         for argument in argv:
             if argument.startswith("hydra.run.dir="):
                 lock.refuse_in_use(Path(argument.partition("=")[2].strip("'\"")))
-
-
-def is_first_process() -> bool:
-    """Of the several that a run may have."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
 
 
 def prepare_override(argument: str) -> str:
@@ -196,8 +195,9 @@ def refuse_unknown(values: dict[Any, Any], schema: type, prefix: str) -> None:
 
 
 def for_other_processes(argv: list[str]) -> list[str]:
-    """Of the processes that torchrun starts only the first has a run directory: theirs would carry other times."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":
+    """Of several processes only the first has a run directory: theirs would carry other times. Lightning tells those that
+    it starts where it is."""
+    if is_first() or "hydra.output_subdir=null" in argv:
         return []
     elsewhere = [] if any(argument.startswith("hydra.run.dir=") for argument in argv) else ["hydra.run.dir=."]
     return [*elsewhere, "hydra.output_subdir=null", f"hydra.job_logging.handlers.file.filename={os.devnull}"]
@@ -235,7 +235,7 @@ def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[s
 @contextlib.contextmanager
 def run_directory(run_dir: Path, keep: bool, say: bool) -> Iterator[None]:
     """The folder of a run: an interrupted one says how to go on, one that has left nothing of its own goes again."""
-    first = is_first_process()
+    first = is_first()
     try:
         yield
     except SystemExit:
@@ -320,7 +320,7 @@ def failed(error: Exception, schema: type, run_dir: Path, overrides: list[str]) 
     """The error of a sweep's job, written down in its folder, in the user's words and with the job's number."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         error = explain(error, schema)
-    if is_first_process():
+    if is_first():
         reason = " ".join(str(error).split()) or type(error).__name__
         sweep.fail(run_dir, overrides, reason, exit_code=2 if isinstance(error, UserError) else 1)
     return UserError(f"job {run_dir.name}: {error}", error.hint) if isinstance(error, UserError) else error

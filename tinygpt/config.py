@@ -18,6 +18,8 @@ BUDGETS = ("max_steps", "max_tokens", "max_epochs")
 class UserError(ValueError):
     """Something that the user can put right: the scripts print `error: MESSAGE`, then the hint, and exit with 2."""
 
+    code = 2
+
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint

@@ -22,6 +22,7 @@ from tinygpt.finite import FiniteSteps, NotFinite, finite
 from tinygpt.loss import next_token_loss
 from tinygpt.model import GPT
 from tinygpt.optim import learning_rate, make_optimizer
+from tinygpt.sharding import shard
 
 
 class LitGPT(L.LightningModule):
@@ -56,6 +57,10 @@ class LitGPT(L.LightningModule):
         self.last_step: dict[str, Tensor] = {}
         self.last_lr, self.reduced = 0.0, False
         self.val_metrics: dict[str, float | int | None] = {}
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # of tinygpt.sharding's strategy
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.optimizer_config)
@@ -148,7 +153,8 @@ class LitGPT(L.LightningModule):
             scaler.unscale_(self.trainer.optimizers[0])
         parameters = list(self.model.parameters())
         bound = self.optimizer_config.grad_clip
-        return torch.nn.utils.clip_grad_norm_(parameters, bound if bound > 0 else float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, bound if bound > 0 else float("inf"))
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of the whole, where each device has a part
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.metrics.update(*predict(self.model, batch))

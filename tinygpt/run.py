@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,11 +34,14 @@ from tinygpt.model import GPT
 from tinygpt.plot import draw_curves
 from tinygpt.progress import MetricsWriter, ProgressBar, Throughput
 from tinygpt.pruning import Pruning
+from tinygpt.ranks import is_first
 from tinygpt.report import Outcome, print_result, say_forecast, write_summary
+from tinygpt.sharding import check_sharding, is_sharded
 from tinygpt.shards import Prepared, prepare
 from tinygpt.summary import read_summary
 from tinygpt.targets import build, check_node
 from tinygpt.trainer import accelerator, check_trainer, make_trainer, precision, total_steps, world_size
+from tinygpt.watch import Watch
 
 log = logging.getLogger("tinygpt")
 
@@ -55,12 +59,12 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
 
     Raises UserError for what the user can put right, SystemExit(128 + signal) where a signal ended the run.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
-    if rank:
+    if not is_first():
         logging.disable()
+        warnings.simplefilter("ignore")
     try:
-        with contextlib.nullcontext() if rank or config.dry_run else lock.held(run_dir):
-            return run(config, run_dir, overrides, rank)
+        with lock.held(run_dir) if is_first() and not config.dry_run else contextlib.nullcontext():
+            return run(config, run_dir, overrides)
     except OSError as error:
         if str(run_dir) not in str(error.filename) and error.errno not in NO_ROOM:
             raise
@@ -70,7 +74,7 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
         ) from error
 
 
-def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str], rank: int) -> float | None:
+def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> float | None:
     """`train`, in a run directory that is nobody else's."""
     started = starting_checkpoint(config, run_dir)
     if started is not None:
@@ -78,6 +82,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str], rank: int)
         if config.resume == "auto" and (loss := already_done(config, run_dir, started)) is not None:
             return loss
     check_trainer(config.trainer)
+    check_sharding(config)
     check_nodes(config)
     keep_memory()
     set_matmul_precision(config.matmul_precision)
@@ -90,7 +95,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str], rank: int)
     if started is not None:
         refuse_budget(config, plan.steps, started["global_step"])
         plan.forecast.seconds *= 1 - started["global_step"] / plan.steps  # what is left to do
-    if rank == 0:
+    if is_first():
         say_forecast(plan.forecast, plan.epochs, config, prepared, file=sys.stdout if config.dry_run else sys.stderr)
     if config.dry_run:
         return None
@@ -285,6 +290,7 @@ def make_plan(config: TrainConfig, prepared: Prepared, shape: ModelConfig, devic
         validation_windows=validation_windows(prepared.val, T, config.data.val_tokens),
         device=torch.device(device),
         precision=precision(config.trainer, device),
+        shards=world if is_sharded(config.trainer) else 1,
     )
     forecast.tokens_per_step = round(B * order.tokens_per_row)
     return Plan(steps, forecast, steps * B / order.rows_per_epoch)
@@ -333,14 +339,13 @@ def fit(
     ]
     remember_ids(card, dict(zip(config.logger, loggers, strict=True)))
     throughput = Throughput()
-    callbacks = make_callbacks(config, prepared, plan, throughput)
+    watch, latest = Watch(run_dir, again=config.resume == "auto"), PointLatest()
+    callbacks = [*make_callbacks(config, prepared, plan, throughput), latest, watch]
     trainer = make_trainer(
         config.trainer, steps=plan.steps, device=device, run_dir=run_dir, callbacks=callbacks, loggers=loggers
     )
     outcome = Outcome(config, run_dir, overrides, prepared, plan.forecast, trainer, module, throughput)
-    if trainer.is_global_zero:
-        point_latest(run_dir)
-    with recording(outcome, loggers):
+    with watch.over(trainer), recording(outcome, loggers):
         trainer.fit(module, datamodule=data, ckpt_path=started["path"] if started else None)
     if trainer.is_global_zero:
         print_result(outcome)
@@ -365,6 +370,8 @@ def remember_ids(card: dict[str, Any], loggers: dict[str, Any]) -> None:
 def make_callbacks(config: TrainConfig, prepared: Prepared, plan: Plan, throughput: Throughput) -> list[L.Callback]:
     """In the order that they need: decide to stop, write metrics, then the user's, then save and clean up."""
     chosen: list[L.Callback] = [build(node, f"callbacks.{name}") for name, node in config.callbacks.items()]
+    if is_sharded(config.trainer):  # no process has the whole model to write with
+        chosen = [callback for callback in chosen if not isinstance(callback, Samples)]
     for callback in chosen:
         if isinstance(callback, Samples):
             callback.tokenizer = prepared.tokenizer
@@ -430,6 +437,14 @@ def leave(outcome: Outcome, status: str) -> None:
         if metrics.exists():
             title = f"{outcome.prepared.corpus}, {outcome.forecast.parameters:,} parameters"
             draw_curves(metrics, outcome.run_dir / "curves.png", title)
+
+
+class PointLatest(L.Callback):
+    """Once every process has opened the checkpoint, which outputs/latest may name, that names the run that begins."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            point_latest(Path(trainer.default_root_dir))
 
 
 def point_latest(run_dir: Path) -> None:

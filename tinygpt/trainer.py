@@ -4,7 +4,6 @@ Lightning's arguments are ours to set."""
 import inspect
 import logging
 import math
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from tinygpt.callbacks import DurableIO
 from tinygpt.config import BUDGETS, UserError, nearest
+from tinygpt.ranks import launched
 from tinygpt.targets import build
 
 OURS = {
@@ -72,16 +72,25 @@ def precision(settings: dict[str, Any], device: str) -> str:
 
 def world_size(settings: dict[str, Any], device: str) -> int:
     """Processes of the run: what a launcher says, else devices times nodes."""
-    if "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+    if found := launched():
+        return found[0] * found[1]
     devices = settings.get("devices", 1)
     here = torch.cuda.device_count() if device == "cuda" else 1
     listed = len(devices) if isinstance(devices, list) else devices
     count: int = here if listed in ("auto", -1, "-1", None) else int(listed)
     if device == "cuda" and count > here:
         raise UserError(f"trainer.devices={devices}: there are {here} GPUs here", f"use trainer.devices={here}")
-    nodes = int(settings.get("num_nodes") or 1)
-    return max(1, count) * nodes
+    return max(1, count) * machines(settings)
+
+
+def machines(settings: dict[str, Any]) -> int:
+    return int(settings.get("num_nodes") or 1)
+
+
+def processes_here(settings: dict[str, Any], device: str) -> int:
+    """Processes of the run on this machine."""
+    found = launched()
+    return found[0] if found else world_size(settings, device) // machines(settings)
 
 
 def total_steps(settings: dict[str, Any], batch_size: int, tokens_per_row: float, rows_per_epoch: int) -> int:
@@ -115,8 +124,10 @@ def make_trainer(
         "callbacks": callbacks,
         "logger": loggers,
     }
-    if device == "cpu" and world_size(settings, device) > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // int(settings.get("devices") or 1)))
+    if found := launched():  # torchrun knows how many it has started: no need to say it twice
+        overridden["devices"], overridden["num_nodes"] = found
+    if device == "cpu" and (here := processes_here(settings, device)) > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
     trainer = build(overridden, "trainer")
     assert isinstance(trainer, L.Trainer)
     return trainer
