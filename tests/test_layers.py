@@ -12,8 +12,9 @@ PACKAGE = ROOT / "tinygpt"
 
 # From the bottom up: a module may import those of the lines above its own.
 LAYERS = (
-    ("config", "summary", "lean"),
-    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory"),
+    ("kinds", "summary", "lean"),
+    ("config",),
+    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory", "archive"),
     ("imdb", "tokens", "documents", "streams"),
     ("corpus",),
     ("pieces",),
@@ -24,9 +25,9 @@ LAYERS = (
     ("generate",),
     ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
     ("checkpoint",),
-    ("callbacks", "loggers", "export"),
+    ("callbacks", "loggers", "export", "resume"),
     ("progress", "trainer", "plot"),
-    ("report", "served"),
+    ("report", "served", "preflight"),
     ("run", "bodies"),
     ("answers",),
     ("guard", "openai_api", "playground"),
@@ -39,7 +40,7 @@ HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "m
 TORCH_OR_LESS = (
     *("tokenizer", "model", "optim", "loss", "memory", "cache", "decode", "precision", "generate", "engine", "checkpoint"),
     *("pretrained", "hub", "corpus", "streams", "pieces", "writer", "workspace", "meter", "shards", "batches", "terminal"),
-    *("tokenizer_files", "model_card"),
+    *("tokenizer_files", "model_card", "archive", "kinds"),
 )
 
 
@@ -68,7 +69,7 @@ def test_no_module_imports_upward(module):
         assert first not in {"train", "sample", "evaluate", "tests", "benchmarks"}
 
 
-@pytest.mark.parametrize("module", ["config", "summary", "help"])
+@pytest.mark.parametrize("module", ["config", "kinds", "summary", "help"])
 def test_what_help_needs_is_the_standard_library(module):
     for name in imports(PACKAGE / f"{module}.py"):
         assert name.split(".")[0] in {*sys.stdlib_module_names, "tinygpt"}, name

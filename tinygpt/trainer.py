@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,21 @@ def world_size(settings: dict[str, Any], device: str) -> int:
         return int(os.environ["WORLD_SIZE"])
     devices = settings.get("devices", 1)
     here = torch.cuda.device_count() if device == "cuda" else 1
-    listed = len(devices) if isinstance(devices, list) else devices
-    count: int = here if listed in ("auto", -1, "-1", None) else int(listed)
+    count = here if devices in ("auto", -1, "-1", None) else device_count(devices)
     if device == "cuda" and count > here:
         raise UserError(f"trainer.devices={devices}: there are {here} GPUs here", f"use trainer.devices={here}")
     nodes = int(settings.get("num_nodes") or 1)
     return max(1, count) * nodes
+
+
+def device_count(devices: Any) -> int:
+    """How many `trainer.devices` names: a number, a list of them, or such a list as text, 0,1."""
+    if isinstance(devices, list) or "," in str(devices):
+        return len(devices) if isinstance(devices, list) else len(devices.strip(",").split(","))
+    try:
+        return int(devices)
+    except ValueError as error:
+        raise UserError(f"trainer.devices={devices} is not known", "a number, a list of them, or auto") from error
 
 
 def total_steps(settings: dict[str, Any], batch_size: int, tokens_per_row: float, rows_per_epoch: int) -> int:
@@ -93,9 +103,16 @@ def total_steps(settings: dict[str, Any], batch_size: int, tokens_per_row: float
 
 
 def make_trainer(
-    settings: dict[str, Any], *, steps: int, device: str, run_dir: Path, callbacks: list[L.Callback], loggers: list[Any]
+    settings: dict[str, Any],
+    *,
+    steps: int,
+    device: str,
+    run_dir: Path,
+    callbacks: list[L.Callback],
+    loggers: list[Any],
+    allow: Sequence[str] = (),
 ) -> L.Trainer:
-    """The Trainer of a run: one endless epoch of `steps` batches, each an optimizer step."""
+    """The Trainer of a run: one endless epoch of `steps` batches, each an optimizer step. allow: see targets.py."""
     quieten()
     plugins = settings.get("plugins") or []
     overridden = {
@@ -117,7 +134,7 @@ def make_trainer(
     }
     if device == "cpu" and world_size(settings, device) > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // int(settings.get("devices") or 1)))
-    trainer = build(overridden, "trainer")
+    trainer = build(overridden, "trainer", L.Trainer, allow)
     assert isinstance(trainer, L.Trainer)
     return trainer
 
