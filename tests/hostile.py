@@ -8,7 +8,6 @@ import pickle
 import random
 import subprocess
 import zipfile
-from pathlib import Path
 
 import torch
 
@@ -105,7 +104,7 @@ def spread(content):
 def shared(content):
     """One table under thousands of names."""
     table = content["state_dict"]["model.wte.weight"]
-    content["state_dict"].update({f"model.h.{n}.x": table.view(table.shape) for n in range(5000)})
+    content["state_dict"].update({f"model.h.{n}.x": table.view(table.shape) for n in range(300)})
 
 
 def whole_numbers(content):
@@ -216,10 +215,10 @@ FILES = {
     "two of one name": (twice, "hide each other"),
     # archives
     "a packed pickle": (
-        repacked(lambda e: e.update({"data.pkl": bytes(2**27)}), packed=("data.pkl",)),
-        "bytes that become 134,217,728",
+        repacked(lambda e: e.update({"data.pkl": bytes(2**26)}), packed=("data.pkl",)),
+        "bytes that become 67,108,864",
     ),
-    "packed weights": (repacked(lambda e: e.update({"data/0": bytes(2**27)}), packed=("data/0",)), "packed"),
+    "packed weights": (repacked(lambda e: e.update({"data/0": bytes(2**26)}), packed=("data/0",)), "packed"),
     "a path upwards": (repacked(lambda e: e.update({"../../exploded": b""})), "entry named"),
     "a path from the root": (repacked(lambda e: None, root="/exploded/"), "entry named"),
     "a path for Windows": (repacked(lambda e: e.update({"..\\exploded": b""})), "entry named"),
@@ -235,7 +234,7 @@ FILES = {
     "copies of a dictionary": (coded(copies()), "not that of a checkpoint"),
     "a nested key": (coded(nested_key()), "nested"),
     "millions of dictionaries": (coded(b"(" + b"}" * 2**22 + b"t"), "memory"),
-    "a pit": (coded(b"]" * 100_000 + b"a" * 99_999), "nested without end"),
+    "a pit": (coded(b"]" * 20_000 + b"a" * 19_999), "nested without end"),
     "laughs": (saved(laughs), "nested without end"),
     "a cycle": (saved(cycle), "nested without end"),
     # shapes
@@ -309,8 +308,3 @@ STATES = {
     "no moments": (saved(lambda c: c.update(optimizer_states=[{}])), "cannot go on"),
     "a bit of the moments": (flipped_moments, "corrupted: the checksum of optimizer_states"),
 }
-
-
-def write(maker, good: Path, path: Path) -> Path:
-    maker(good, path)
-    return path

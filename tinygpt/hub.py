@@ -134,6 +134,8 @@ def assemble(config: ModelConfig, vocab_size: int, weights: Tensors) -> GPT:
     Raises RuntimeError where they do not fit, and before any memory is asked for that they do not vouch for.
     """
     refuse_giant_table(config, weights)
+    if config.n_layer > len(weights):
+        raise RuntimeError(f"{len(weights)} tensors are not {config.n_layer} layers")
     model = outline(config, vocab_size)
     if config.tie_embeddings:
         weights = {**weights, "lm_head.weight": weights["wte.weight"]}
