@@ -296,15 +296,15 @@ STATES = {
     "data with more": (config(lambda c: c["data"].update(wings=2)), "wings"),
     "a seed of text": (config(lambda c: c.update(seed="lucky")), "seed is not"),
     "no steps": (saved(lambda c: c.update(global_step="many")), "global_step"),
-    "loops of text": (saved(lambda c: c.update(loops={"fit_loop": "x"})), "cannot go on"),
+    "loops of text": (saved(lambda c: c.update(loops={"fit_loop": "x"})), "its loops hold more than numbers"),
     "callbacks of text": (
         saved(lambda c: c["callbacks"].update(BestCheckpoint={"loss": "x", "step": 1, "metrics": {}})),
         "cannot go",
     ),
     "moments of another shape": (
         saved(lambda c: c["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(3))),
-        "cannot go on",
+        "exp_avg of weight 0 has another shape",
     ),
-    "no moments": (saved(lambda c: c.update(optimizer_states=[{}])), "cannot go on"),
+    "no moments": (saved(lambda c: c.update(optimizer_states=[{}])), "state does not fit"),
     "a bit of the moments": (flipped_moments, "corrupted: the checksum of optimizer_states"),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tinygpt.checkpoint import first_line, open_checkpoint, stored
 from tinygpt.config import TrainConfig, UserError
@@ -31,15 +32,44 @@ def open_resumable(path: Path) -> dict[str, Any]:
         for name, kind in needed.items():
             if not fits(holder.get(name), kind):
                 raise UserError(f"no run can go on from {path}: its {name} is not {describe(kind)}", _ELSE)
+    if not is_counts(opened["loops"]):
+        raise UserError(f"no run can go on from {path}: its loops hold more than numbers", _ELSE)
     stored(TrainConfig, opened["tinygpt"]["config"], "a run")
     return opened
 
 
-@contextmanager
-def restoring(path: str | None, module: LitGPT) -> Iterator[None]:
-    """UserError for what goes wrong before the first step of a run that goes on from `path`: what is there does not fit."""
+def is_counts(value: Any) -> bool:
+    """Whether there are only numbers, and nothing, in nested dictionaries."""
+    if isinstance(value, dict):
+        return all(is_counts(part) for part in value.values())
+    return value is None or isinstance(value, int | float)
+
+
+def refuse_misfit(opened: dict[str, Any], module: LitGPT) -> None:
+    """UserError unless all that the optimizer has stored of a weight has that weight's shape and type.
+
+    Its fused update does not look: it would read and write beyond what is there.
+    """
     try:
-        yield
+        saved, own = opened["optimizer_states"][0], module.configure_optimizers()
+        keys = [key for group in saved["param_groups"] for key in group["params"]]
+        weights = [weight for group in own.param_groups for weight in group["params"]]
+        for key, weight in zip(keys, weights, strict=True):
+            for name, value in saved["state"].get(key, {}).items():
+                shape, kind = ((), torch.float32) if name == "step" else (weight.shape, weight.dtype)
+                if not isinstance(value, Tensor) or value.shape != shape or value.dtype != kind:
+                    raise TypeError(f"{name} of weight {key} has another shape or type")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        message = f"the run cannot go on from {opened['path']}: its optimizer's state does not fit: {first_line(error)}"
+        raise UserError(message, _ELSE) from error
+
+
+@contextmanager
+def restoring(opened: dict[str, Any] | None, module: LitGPT) -> Iterator[str | None]:
+    """The file to go on from, if any. What goes wrong before the first step is then a UserError: it does not fit."""
+    path = opened["path"] if opened else None
+    try:
+        yield path
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:

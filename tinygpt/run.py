@@ -33,7 +33,7 @@ from tinygpt.plot import draw_curves
 from tinygpt.preflight import preflight
 from tinygpt.progress import MetricsWriter, ProgressBar, Throughput
 from tinygpt.report import Outcome, print_result, say_forecast, write_summary
-from tinygpt.resume import open_resumable, restoring
+from tinygpt.resume import open_resumable, refuse_misfit, restoring
 from tinygpt.shards import Prepared, prepare
 from tinygpt.summary import read_summary
 from tinygpt.targets import build
@@ -286,6 +286,8 @@ def fit(
         byte_lengths=None if config.data.clean else prepared.tokenizer.byte_lengths(),
         compile=config.compile,
     )
+    if started is not None:
+        refuse_misfit(started, module)
     data = TextData(
         prepared.train,
         prepared.val,
@@ -317,8 +319,7 @@ def fit(
     outcome = Outcome(config, run_dir, overrides, prepared, plan.forecast, trainer, module, throughput)
     if trainer.is_global_zero:
         point_latest(run_dir)
-    path = started["path"] if started else None
-    with recording(outcome, loggers), restoring(path, module):
+    with recording(outcome, loggers), restoring(started, module) as path:
         trainer.fit(module, datamodule=data, ckpt_path=path)
     if trainer.is_global_zero:
         print_result(outcome)
