@@ -108,15 +108,15 @@ def test_no_run_goes_on_from_a_hostile_state(name, good, tmp_path, place):
     refused(run_inside("train", f"resume={path}", "trainer.max_steps=6", cwd=place), words)
 
 
-@pytest.mark.parametrize("name", ["eval at the top", "packed weights", "a table longer than memory"])
-def test_a_script_as_a_process_takes_no_more_memory_than_an_honest_one(name, good, tmp_path, place):
-    (make, words), path = hostile.FILES[name], tmp_path / "x.ckpt"
-    make(good, path)
+def test_a_script_as_a_process_takes_no_more_memory_than_an_honest_one(good, tmp_path, place):
     code, _, honest = measured("sample", f"ckpt={good}", "max_new_tokens=1")
     assert code == 0
-    code, stderr, taken = measured("sample", f"ckpt={path}", "max_new_tokens=1")
-    refused(scripts.Done(code, "", stderr), words)
-    assert taken < honest + 2 * path.stat().st_size + SPARE
+    for name in ("eval at the top", "packed weights"):
+        (make, words), path = hostile.FILES[name], tmp_path / "x.ckpt"
+        make(good, path)
+        code, stderr, taken = measured("sample", f"ckpt={path}", "max_new_tokens=1")
+        refused(scripts.Done(code, "", stderr), words)
+        assert taken < honest + 2 * path.stat().st_size + SPARE
 
 
 def measured(verb, *arguments):
