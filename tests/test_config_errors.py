@@ -17,7 +17,7 @@ import lightning as L
 import pytest
 import scripts
 import yaml
-from composing import CONF, SCHEMAS, compose, fields_of, said
+from composing import CONF, GROUPS, SCHEMAS, compose, fields_of, said
 
 from tinygpt import cli, run
 from tinygpt.config import BUDGETS, REFUSED_TRAINER_ARGUMENTS, UserError, all_keys
@@ -123,7 +123,7 @@ def kinds(item):
 @pytest.mark.parametrize("verb", SCHEMAS)
 def test_every_key_with_a_value_of_another_type(verb):
     for key, item in fields_of(SCHEMAS[verb]):
-        if key in VERBATIM:
+        if key in VERBATIM or key in GROUPS:
             continue
         kind, optional = kinds(item)
         for value in (*OTHERS[kind], *(() if optional else ("null",))):
@@ -149,7 +149,7 @@ def test_every_key_outside_its_limits(verb):
 def test_every_group_with_something_else(verb):
     for group in group_choices(SCHEMAS[verb], CONF):
         chosen = ("data=pydocs",) if verb == "evaluate" and "/" in group else ()
-        for value in ("3", "[3]", "{a:1}", "true", "''"):
+        for value in ("3", "[3]", "true", "''", *(() if group in cli.OPEN_GROUPS else ("{a:1}",))):
             refused(said(verb, *chosen, f"{group}={value}", quick=False), group)
 
 
@@ -161,7 +161,7 @@ TRAINER = {  # values that no run could use, by argument of Lightning's
     "devices": ("abc", 0, 1.5, -5, {"a": 1}, []),
     "num_nodes": ("abc", 1.5, 0, -1),
     "precision": (17, "abc", ["16"], 1.5),
-    "fast_dev_run": ("abc", -1, True, 5),
+    "fast_dev_run": ("abc", -1),
     "max_steps": ("abc", 0, -5, 1.5, math.inf, math.nan, True, 10**30),
     "max_tokens": ("abc", 0, math.inf),
     "max_epochs": ("abc", 0, -1, math.inf),
@@ -174,7 +174,7 @@ TRAINER = {  # values that no run could use, by argument of Lightning's
     "limit_predict_batches": ("abc", -1),
     "overfit_batches": ("abc", -1, 1.5),
     "val_check_interval": ("abc", 0, -1, 0.5, True),
-    "log_every_n_steps": ("abc", 1.5, -1),
+    "log_every_n_steps": ("abc", 1.5, -1, 0),
     "enable_progress_bar": ("abc", 3),
     "deterministic": ("abc", 3),
     "benchmark": ("abc", 3),
@@ -187,7 +187,7 @@ TRAINER = {  # values that no run could use, by argument of Lightning's
     "reload_dataloaders_every_n_epochs": ("abc", -1, 1.5),
     "enable_autolog_hparams": ("abc", 3),
     "model_registry": (3, ["a"]),
-    "_target_": ("abc", 3, "lightning.Fabric", "lightning.Trainr", "os.system", "tinygpt.model.GPT"),
+    "_target_": ("abc", "lightning.Fabric", "lightning.Trainr", "os.system", "tinygpt.model.GPT"),
 }
 
 
@@ -239,7 +239,7 @@ def nodes():
                     yield pytest.param(kind, name, node, id=f"{kind}.{name}")
 
 
-@pytest.mark.parametrize(("kind", "name", "node"), nodes())
+@pytest.mark.parametrize(("kind", "name", "node"), list(nodes()))
 def test_a_node_that_cannot_be_is_refused_before_any_data_is_read(default, kind, name, node):
     target = find_target(node["_target_"], "", ("tinygpt", "lightning"))
     hints = hints_of(target)
@@ -247,8 +247,9 @@ def test_a_node_that_cannot_be_is_refused_before_any_data_is_read(default, kind,
         if argument in ("save_dir", "id", "kwargs"):
             continue
         wrong = misspelt(argument)
-        error = unusable(default, **{kind: {name: {**node, wrong: 1}}})
-        assert "kwargs" in str(inspect.signature(target)) or error == f"there is no key {kind}.{name}.{wrong}"
+        if "kwargs" not in inspect.signature(target).parameters:
+            error = unusable(default, **{kind: {name: {**node, wrong: 1}}})
+            assert error == f"there is no key {kind}.{name}.{wrong}"
         for value in ({"a": 1}, ["abc"], "abc", 1.5):
             if argument in hints and not fits(value, hints[argument]):
                 assert f"{kind}.{name}.{argument}={value}" in unusable(default, **{kind: {name: {**node, argument: value}}})
@@ -301,7 +302,7 @@ def test_a_recipe_cannot_trust_a_package(tmp_path):
     shutil.copytree(CONF, conf)
     (conf / "experiment" / "evil.yaml").write_text("# @package _global_\nallow_targets: [os]\n")
     cli.register("train", SCHEMAS["train"])
-    with pytest.raises(UserError, match="it counts on the command line alone|is in a file"):
+    with pytest.raises(UserError, match="is in a file of the config"):
         cli.compose("train", SCHEMAS["train"], conf, ["experiment=evil"])
     with mock.patch.object(sys, "argv", ["train.py", "allow_targets=[theirs]"]):
         assert cli.compose("train", SCHEMAS["train"], CONF, ["allow_targets=[theirs]"]).allow_targets == ["theirs"]

@@ -163,7 +163,7 @@ def compose(verb: str, schema: type, conf: Path, overrides: list[str]) -> Any:
     with hydra.initialize_config_dir(config_dir=str(conf.resolve()), version_base="1.3"):
         try:
             composed = hydra.compose(config_name=verb, overrides=overrides)
-        except (ValueError, TypeError) as error:  # what Hydra has no exception of its own for: model=3, model=[3]
+        except (ValueError, TypeError, AttributeError) as error:  # what Hydra has no exception of its own for: model=3
             odd = [said for said in overrides if (conf / said.partition("=")[0]).is_dir()]
             message = f"{' '.join(odd)}: {' '.join(str(error).split())}"
             raise UserError(message, "see --help for the groups and their choices") from error

@@ -295,9 +295,14 @@ class TrainConfig:
                 f"the run needs exactly one budget, and has {' and '.join(given) or 'none'}",
                 "set one of trainer.max_steps, trainer.max_tokens, trainer.max_epochs",
             )
-        value = self.trainer[given[0]]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"trainer.{given[0]}={value} is out of range", "it must be a number above 0")
+        refuse_budget(given[0], self.trainer[given[0]])
+
+
+def refuse_budget(name: str, value: Any) -> None:
+    """UserError for a budget that no run could have; only epochs may be parts of a whole."""
+    if not fits(value, float) or not 0 < value <= 2**53 or (name != "max_epochs" and value != int(value)):
+        kind = "number" if name == "max_epochs" else "whole number"
+        raise UserError(f"trainer.{name}={shorten(value)} is out of range", f"it must be a {kind} above 0 and at most 2^53")
 
 
 def without_null(nodes: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ to be thrown away.
 """
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 
-from tinygpt.config import BUDGETS, ModelConfig, TrainConfig, UserError, nearest
+from tinygpt.config import BUDGETS, ModelConfig, TrainConfig, UserError, nearest, shorten
 from tinygpt.model import outline
 from tinygpt.targets import build, check_node, is_node
 from tinygpt.trainer import accelerator, check_trainer, make_trainer
@@ -34,10 +36,36 @@ def preflight(config: TrainConfig) -> str:
     device = accelerator(config.trainer)
     refuse_giant(config.model, device)
     callbacks = [build(node, f"callbacks.{name}", L.Callback, allow) for name, node in config.callbacks.items()]
-    threads = torch.get_num_threads()
-    make_trainer(config.trainer, steps=1, device=device, run_dir=Path(), callbacks=callbacks, loggers=[], allow=allow)
-    torch.set_num_threads(threads)  # which several processes on one machine divide
+    try_trainer(config.trainer, device, callbacks, allow)
     return device
+
+
+def try_trainer(settings: dict[str, Any], device: str, callbacks: list[L.Callback], allow: Sequence[str]) -> None:
+    """UserError where Lightning refuses to make the Trainer, with the setting that is the reason."""
+
+    def make(without: str = "") -> None:
+        given = {name: value for name, value in settings.items() if name != without}
+        make_trainer(given, steps=1, device=device, run_dir=Path(), callbacks=callbacks, loggers=[], allow=allow)
+
+    threads = torch.get_num_threads()
+    try:
+        make()
+    except UserError as error:
+        reason = next((name for name in settings if name != "_target_" and succeeds(partial(make, name))), None)
+        if reason is None or f"trainer.{reason}=" in str(error):
+            raise
+        why = str(error).removeprefix("trainer: ")
+        raise UserError(f"trainer.{reason}={shorten(settings[reason])}: {why}", error.hint) from error
+    finally:
+        torch.set_num_threads(threads)  # which several processes on one machine divide
+
+
+def succeeds(work: Callable[[], None]) -> bool:
+    try:
+        work()
+    except UserError:
+        return False
+    return True
 
 
 def check_known(nodes: dict[str, Any], kind: str, name: str) -> None:

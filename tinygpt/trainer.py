@@ -29,6 +29,9 @@ OURS = {
 }
 
 
+LEAST = {"log_every_n_steps": 1, "num_nodes": 1}  # which Lightning does not look at
+
+
 def check_trainer(settings: dict[str, Any]) -> None:
     """Refuse names that `L.Trainer` does not have, those that are ours, and hardware that is not here."""
     known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name != "self"]
@@ -40,6 +43,9 @@ def check_trainer(settings: dict[str, Any]) -> None:
     interval = settings.get("val_check_interval")
     if isinstance(interval, bool) or not isinstance(interval, int | None) or (interval is not None and interval < 1):
         raise UserError(f"trainer.val_check_interval={interval} is out of range", "it counts optimizer steps: 1 or more")
+    for name, least in LEAST.items():
+        if isinstance(value := settings.get(name), int) and value < least:
+            raise UserError(f"trainer.{name}={value} is out of range", f"it must be at least {least}")
 
 
 def accelerator(settings: dict[str, Any]) -> str:
