@@ -176,7 +176,7 @@ class _Reader(pickle._Unpickler):
     `known` mean anything, and nothing is called but the methods of this class."""
 
     stack: list[Any]
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {code: _FOLLOW[code] for code in _INSTRUCTIONS}  # type: ignore[assignment]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {code: _FOLLOW[code] for code in _INSTRUCTIONS}
 
     def __init__(self, code: bytes, storages: dict[str, int], memory: int) -> None:
         self.code = _Weighed(code, memory)

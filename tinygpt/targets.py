@@ -80,7 +80,7 @@ def find_target(path: str, key: str, allowed: Sequence[str]) -> Callable[..., An
     home = str(getattr(target, "__module__", ""))
     if not within(home, allowed) or within(home, REFUSED) or not (inspect.isclass(target) or inspect.isfunction(target)):
         raise UserError(f"{key}._target_={path} is not a class of {module.split('.')[0]}", "check the name")
-    return target  # type: ignore[no-any-return]
+    return target
 
 
 def is_of(target: Callable[..., Any], kind: type | None) -> bool:
