@@ -31,6 +31,10 @@ log = logging.getLogger("tinygpt")
 class DurableIO(TorchCheckpointIO):
     """Lightning's checkpoints through `durable_save`: its own way loses the old file when the disk is full."""
 
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        """Whatever Lightning and the environment say, no code is run."""
+        return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if not (run_dir := Path(path).parents[1]).is_dir():
             log.warning("%s has gone; it is made again, without what it held", run_dir)
@@ -71,7 +75,7 @@ class ValidateAtEnds(L.Callback):
         return {"validated_at": self.validated_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.validated_at = state_dict["validated_at"]
+        self.validated_at = int(state_dict["validated_at"])
 
     @staticmethod
     def validate(trainer: L.Trainer) -> None:
@@ -98,7 +102,8 @@ class BestCheckpoint(L.Callback):
         return {"loss": self.loss, "step": self.step, "metrics": self.metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loss, self.step, self.metrics = state_dict["loss"], state_dict["step"], state_dict["metrics"]
+        self.loss, self.step = float(state_dict["loss"]), int(state_dict["step"])
+        self.metrics = dict(state_dict["metrics"])
 
 
 class LastCheckpoint(L.Callback):

@@ -24,8 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tinygpt import launch, lock, multirun, sweep
-from tinygpt.config import BUDGETS, UserError, all_keys, from_dict, inner_schema, nearest
+from tinygpt.config import BUDGETS, UserError, all_keys, from_dict, inner_schema, nearest, shorten
 from tinygpt.help import print_help
+from tinygpt.kinds import describe
 from tinygpt.ranks import give_way, is_first
 from tinygpt.search import EXAMPLE
 from tinygpt.summary import read_summary
@@ -53,6 +54,7 @@ def main(verb: str, schema: type, work: Work, conf: Path) -> None:
             return
         refuse_unchosen(argv, schema)
         refuse_flags(argv, HYDRA_FLAGS if verb == "train" else ())
+        refuse_removals(argv, schema)
         register(verb, schema)
         in_sweep = launch.JOB in os.environ  # whose launcher has prepared them
         overrides = argv if in_sweep else [prepare_override(argument) for argument in one_budget(argv)]
@@ -127,6 +129,16 @@ def refuse_flags(argv: list[str], known: Sequence[str]) -> None:
             raise UserError(f"there is no option {argument}", "settings are written key=value; --help shows them")
 
 
+def refuse_removals(argv: list[str], schema: type) -> None:
+    """`~callbacks.samples` leaves a node out; a key of ours has a value, always."""
+    for argument in argv:
+        key = argument[1:].partition("=")[0]
+        if argument.startswith("~") and not key.startswith(tuple(f"{name}." for name in OPEN_GROUPS)):
+            if key not in all_keys(schema):
+                raise unknown_key(key, schema)
+            raise UserError(f"{argument}: {key} cannot be taken away", f"give it another value: {key}=...")
+
+
 def refuse_unchosen(argv: list[str], schema: type) -> None:
     """A group that is null unless chosen has no keys before it is."""
     for item in dataclasses.fields(schema):
@@ -172,8 +184,10 @@ def compose(verb: str, schema: type, conf: Path, overrides: list[str]) -> Any:
     with hydra.initialize_config_dir(config_dir=str(conf.resolve()), version_base="1.3"):
         try:
             composed = hydra.compose(config_name=verb, overrides=overrides)
-        except ValueError as error:  # what Hydra has no exception of its own for: model=3
-            raise UserError(" ".join(str(error).split()), "see --help for the groups and their choices") from error
+        except (ValueError, TypeError, AttributeError) as error:  # what Hydra has no exception of its own for: model=3
+            odd = [said for said in overrides if (conf / said.partition("=")[0]).is_dir()]
+            message = f"{' '.join(odd)}: {' '.join(str(error).split())}"
+            raise UserError(message, "see --help for the groups and their choices") from error
         return to_schema(composed, schema)
 
 
@@ -182,7 +196,16 @@ def to_schema(config: DictConfig, schema: type) -> Any:
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     refuse_unknown(plain, schema, "")
+    refuse_trusting(plain, sys.argv)
     return from_dict(schema, {str(key): value for key, value in plain.items()})
+
+
+def refuse_trusting(values: dict[Any, Any], argv: Sequence[str]) -> None:
+    """Whom to trust is said by the user, not by a recipe that came from elsewhere."""
+    if values.get("allow_targets") and not any(argument.startswith("allow_targets=") for argument in argv):
+        raise UserError(
+            f"allow_targets={values['allow_targets']} is in a file of the config", "it counts on the command line alone"
+        )
 
 
 def refuse_unknown(values: dict[Any, Any], schema: type, prefix: str) -> None:
@@ -338,7 +361,7 @@ def explain(error: Exception, schema: type) -> UserError:
     if found := re.search(r"Could not override '([^']+)'", text):
         return unknown_key(found[1], schema)
     if found := re.search(r"full_key: (\S+)", text):
-        return wrong_value(found[1], text)
+        return wrong_value(found[1], text, schema)
     return UserError(" ".join(text.splitlines()[:2]), "see --help for the keys and their values")
 
 
@@ -356,16 +379,32 @@ def unknown_choice(path: str, text: str) -> UserError:
     return UserError(f"there is no {group}={name}", nearest(name, choices, f"{group}="))
 
 
-def wrong_value(key: str, text: str) -> UserError:
-    hint = "see --help for its meaning and type"
-    if "is not Optional" in text or "Incompatible value 'None'" in text:
-        return UserError(f"{key} cannot be null", hint)
+def wrong_value(key: str, text: str, schema: type) -> UserError:
+    """What a key was given and what it takes; where it was given it in a file, what OmegaConf says."""
+    key = key.partition("[")[0]
+    given = [value for name, _, value in (argument.partition("=") for argument in sys.argv[1:]) if name.lstrip("+") == key]
+    kind = kind_of(key, schema)
+    hint = "see --help for its meaning"
+    if given and kind is not None:
+        return UserError(f"{key}={shorten(given[-1])} is not {describe(kind)}", hint)
     reason = re.search(r"^(?:Value|Cannot|Incompatible|Invalid|Non optional).*", text, flags=re.MULTILINE)
     return UserError(f"{key}: {reason[0] if reason else text.splitlines()[0]}", hint)
 
 
+def kind_of(key: str, schema: type) -> Any:
+    """The annotation of a dotted key; None where there is no such key."""
+    head, _, rest = key.partition(".")
+    for item in dataclasses.fields(schema):
+        if item.name == head:
+            inner = inner_schema(item)
+            return item.type if not rest else kind_of(rest, inner) if inner else None
+    return None
+
+
 def unknown_key(key: str, schema: type) -> UserError:
     """With the nearest key of the schema as the hint; where none is near, those of the group that it would be in."""
+    if key.split(".")[0] == "hydra":
+        return UserError(f"there is no key {key}", "of Hydra's own keys, hydra.run.dir and hydra.sweep.dir are used most")
     known = all_keys(schema)
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     group = key.rpartition(".")[0]

@@ -17,12 +17,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger
 
 from tinygpt import checkpoint as ckpt
 from tinygpt import lock
 from tinygpt.batches import validation_windows
 from tinygpt.callbacks import EMA, GracefulStop, Samples, StopAtLoss, ValidateAtEnds
-from tinygpt.config import BUDGETS, ModelConfig, TrainConfig, UserError, from_dict
+from tinygpt.config import ModelConfig, TrainConfig, UserError, from_dict
 from tinygpt.corpus import cache_dir, data_dir
 from tinygpt.data import TextData, make_order
 from tinygpt.forecast import Forecast, make_forecast
@@ -32,15 +33,17 @@ from tinygpt.loggers import finish
 from tinygpt.memory import keep_memory, set_matmul_precision
 from tinygpt.model import GPT
 from tinygpt.plot import draw_curves
+from tinygpt.preflight import preflight
 from tinygpt.progress import MetricsWriter, ProgressBar, Throughput
 from tinygpt.pruning import Pruning
 from tinygpt.ranks import is_first
 from tinygpt.report import Outcome, print_result, say_forecast, write_summary
-from tinygpt.sharding import check_sharding, is_sharded
+from tinygpt.resume import open_resumable, refuse_misfit, restoring
+from tinygpt.sharding import is_sharded
 from tinygpt.shards import Prepared, prepare
 from tinygpt.summary import read_summary
-from tinygpt.targets import build, check_node
-from tinygpt.trainer import accelerator, check_trainer, make_trainer, precision, total_steps, world_size
+from tinygpt.targets import build
+from tinygpt.trainer import make_trainer, precision, total_steps, world_size
 from tinygpt.watch import Watch
 
 log = logging.getLogger("tinygpt")
@@ -81,12 +84,9 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> float |
         config = continued(config, overrides, started["tinygpt"])
         if config.resume == "auto" and (loss := already_done(config, run_dir, started)) is not None:
             return loss
-    check_trainer(config.trainer)
-    check_sharding(config)
-    check_nodes(config)
+    device = preflight(config)
     keep_memory()
     set_matmul_precision(config.matmul_precision)
-    device = accelerator(config.trainer)
     init = starting_weights(config, overrides) if config.init_from and started is None else None
     prepared = prepare_data(config, started, init)
     if started is not None:
@@ -103,14 +103,6 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> float |
     return fit(config, run_dir, list(overrides), prepared, model, plan, started, device)
 
 
-def check_nodes(config: TrainConfig) -> None:
-    """Refuse what cannot be built before any work is done."""
-    check_node(config.trainer, "trainer", ignore=BUDGETS)
-    for kind, nodes in (("logger", config.logger), ("callbacks", config.callbacks)):
-        for name, node in nodes.items():
-            check_node(node, f"{kind}.{name}")
-
-
 # Where a run starts from
 
 
@@ -123,7 +115,7 @@ def starting_checkpoint(config: TrainConfig, run_dir: Path) -> dict[str, Any] | 
     path = run_dir / "checkpoints" / "last.ckpt" if config.resume == "auto" else ckpt.find(config.resume, "last")
     if config.resume == "auto" and not path.exists():
         return None
-    return {**ckpt.open_checkpoint(path), "path": str(path.resolve())}  # outputs/latest is about to move
+    return {**open_resumable(path), "path": str(path.resolve())}  # outputs/latest is about to move
 
 
 def continued(config: TrainConfig, overrides: Sequence[str], card: dict[str, Any]) -> TrainConfig:
@@ -321,6 +313,8 @@ def fit(
         compile=config.compile,
         skip_nonfinite=config.skip_nonfinite,
     )
+    if started is not None:
+        refuse_misfit(started, module)
     data = TextData(
         prepared.train,
         prepared.val,
@@ -334,19 +328,25 @@ def fit(
         num_workers=config.data.num_workers,
     )
     loggers = [
-        build(node, f"logger.{name}", save_dir=run_dir, id=card["logger_ids"].get(name))
+        build(node, f"logger.{name}", Logger, config.allow_targets, save_dir=run_dir, id=card["logger_ids"].get(name))
         for name, node in config.logger.items()
     ]
     remember_ids(card, dict(zip(config.logger, loggers, strict=True)))
     throughput = Throughput()
     watch, latest = Watch(run_dir, again=config.resume == "auto"), PointLatest()
-    callbacks = [*make_callbacks(config, prepared, plan, throughput), latest, watch]
+    callbacks = [latest, *make_callbacks(config, prepared, plan, throughput), watch]
     trainer = make_trainer(
-        config.trainer, steps=plan.steps, device=device, run_dir=run_dir, callbacks=callbacks, loggers=loggers
+        config.trainer,
+        steps=plan.steps,
+        device=device,
+        run_dir=run_dir,
+        callbacks=callbacks,
+        loggers=loggers,
+        allow=config.allow_targets,
     )
     outcome = Outcome(config, run_dir, overrides, prepared, plan.forecast, trainer, module, throughput)
-    with watch.over(trainer), recording(outcome, loggers):
-        trainer.fit(module, datamodule=data, ckpt_path=started["path"] if started else None)
+    with watch.over(trainer), recording(outcome, loggers), restoring(started, module) as path:
+        trainer.fit(module, datamodule=data, ckpt_path=path)
     if trainer.is_global_zero:
         print_result(outcome)
     return outcome.best_loss()
@@ -369,7 +369,9 @@ def remember_ids(card: dict[str, Any], loggers: dict[str, Any]) -> None:
 
 def make_callbacks(config: TrainConfig, prepared: Prepared, plan: Plan, throughput: Throughput) -> list[L.Callback]:
     """In the order that they need: decide to stop, write metrics, then the user's, then save and clean up."""
-    chosen: list[L.Callback] = [build(node, f"callbacks.{name}") for name, node in config.callbacks.items()]
+    chosen: list[L.Callback] = [
+        build(node, f"callbacks.{name}", L.Callback, config.allow_targets) for name, node in config.callbacks.items()
+    ]
     if is_sharded(config.trainer):  # no process has the whole model to write with
         chosen = [callback for callback in chosen if not isinstance(callback, Samples)]
     for callback in chosen:
