@@ -62,5 +62,6 @@ class NotFinite(UserError):
 
 
 def finite(model: nn.Module) -> bool:
-    """Whether every weight is."""
-    return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
+    """Whether every weight is, or every part of one that this process has."""
+    here = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    return bool(torch.stack([p.isfinite().all() for p in here]).all())
