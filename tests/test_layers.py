@@ -28,7 +28,7 @@ LAYERS = (
     ("checkpoint",),
     ("callbacks", "loggers", "export", "resume"),
     ("progress", "trainer", "pruning"),
-    ("report", "served", "verify", "preflight"),
+    ("report", "served", "verify", "preflight", "start"),
     ("watch",),
     ("run", "bodies"),
     ("answers",),
