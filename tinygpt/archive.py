@@ -184,6 +184,7 @@ class _Reader(pickle._Unpickler):
         self.storages, self.nbytes = storages, 0
         self.known: dict[str, Any] = {
             "collections.OrderedDict": self.ordered,
+            "collections.Counter": self.as_given,
             "torch._utils._rebuild_tensor_v2": self.tensor,
             "torch._utils._rebuild_parameter": self.parameter,
             "torch.device": self.device,
