@@ -5,10 +5,11 @@ The examples are the same each time (see conftest.py).
 
 import copy
 import json
-import math
+import os
 import shutil
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -49,6 +50,20 @@ ODD = "\ud800\udbff\udc00\udfff\x00\x1c\x85\ufeff\ufffe\U0010ffff🐈é\u0301\u2
 texts = st.text(st.characters(codec="utf-8") | st.sampled_from(ODD) | st.sampled_from("the "), max_size=40)
 
 
+def tried(work):
+    """What `work` gives and None, or None and the UserError that it raises, which always has a hint."""
+    try:
+        return work(), None
+    except UserError as error:
+        return None, error if error.hint else pytest.fail(f"no hint: {error}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk():
+    with mock.patch.object(os, "fsync", return_value=None):
+        yield
+
+
 # Tokenizers
 
 
@@ -58,10 +73,8 @@ texts = st.text(st.characters(codec="utf-8") | st.sampled_from(ODD) | st.sampled
 @example(text="\x00" * 3)
 def test_any_text_is_encoded_and_comes_back_or_is_refused(kind, text):
     tokenizer = TOKENIZERS[kind]
-    try:
-        ids = tokenizer.encode(text)
-    except UserError as error:
-        assert error.hint
+    ids, error = tried(lambda: tokenizer.encode(text))
+    if error:
         surrogate = any("\ud800" <= c <= "\udfff" for c in text)
         assert surrogate or (kind == "char" and set(text) - set(LEARNED_FROM))
         return
@@ -115,15 +128,9 @@ def test_a_damaged_state_is_a_tokenizer_or_a_user_error(kind, data):
     state = copy.deepcopy(TOKENIZERS[kind].state())
     name = data.draw(st.sampled_from([*state, "more"]))
     state[name] = data.draw(patterns if name == "pattern" else json_values)
-    try:
-        tokenizer = from_state(state)
-    except UserError as error:
-        assert error.hint
-        return
-    try:
-        tokenizer.decode(tokenizer.encode("the cat\n"))
-    except UserError:
-        pass
+    tokenizer, error = tried(lambda: from_state(state))
+    if not error:
+        tried(lambda: tokenizer.decode(tokenizer.encode("the cat\n")))
 
 
 # Texts
@@ -148,7 +155,7 @@ lines = st.sampled_from(["\r\n", "\n", "\r", "\ufeff", "é", "🐈", "a", "bc ",
     batch=st.integers(1, 5),
     fraction=st.sampled_from([0.1, 0.5, 0.001, 0.999]),
 )
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_a_text_of_any_size_trains_whole_windows_or_is_refused(parts, size, mark, kind, block, batch, fraction):
     text = ("".join(parts) * (1 + size))[:size]
     with tempfile.TemporaryDirectory() as place:
@@ -156,11 +163,13 @@ def test_a_text_of_any_size_trains_whole_windows_or_is_refused(parts, size, mark
         (folder / "text.txt").write_bytes((b"\xef\xbb\xbf" if mark else b"") + text.encode())
         tokenizer = TokenizerConfig(kind, min_frequency=1)
         config = DataConfig(corpus="text", path=str(folder / "text.txt"), val_fraction=fraction, tokenizer=tokenizer)
-        try:
-            prepared = prepare(config, folder, folder / "cache")
-            order = make_order(prepared.train, prepared.val, block, batch, seed=1)
-        except UserError as error:
-            assert error.hint
+        prepared, error = tried(lambda: prepare(config, folder, folder / "cache"))
+        if error:
+            assert not text.removeprefix("\ufeff")
+            return
+        order, error = tried(lambda: make_order(prepared.train, prepared.val, block, batch, seed=1))
+        if error:
+            assert len(prepared.train) <= block or len(prepared.val) < 2
             return
         if not mark and text.startswith("\ufeff"):
             text = text[1:]  # a mark it is
@@ -181,18 +190,16 @@ def ids(tokens):
 
 
 @given(head=st.binary(max_size=40), tail=st.binary(max_size=20))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_any_bytes_are_a_text_or_refused(head, tail):
     content = head + b"some text, long enough to be one\r\n" * 3 + tail
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "text.txt").write_bytes(content)
         config = DataConfig(corpus="text", path=str(folder / "text.txt"), tokenizer=TokenizerConfig("byte"))
-        try:
-            prepared = prepare(config, folder, folder / "cache")
-        except UserError as error:
+        prepared, error = tried(lambda: prepare(config, folder, folder / "cache"))
+        if error:
             assert str(folder / "text.txt") in str(error)
-            assert error.hint
             return
         assert bytes(ids(prepared.tokens("all"))) == content.removeprefix(b"\xef\xbb\xbf")
 
@@ -204,7 +211,7 @@ def test_any_bytes_are_a_text_or_refused(head, tail):
 def shelf(tmp_path_factory):
     """A prepared text: its folder, its config, its tokens."""
     folder = tmp_path_factory.mktemp("shelf")
-    (folder / "text.txt").write_text(LEARNED_FROM, encoding="utf-8", newline="")
+    (folder / "text.txt").write_text(LEARNED_FROM.replace("\0", ""), encoding="utf-8", newline="")
     config = DataConfig(corpus="text", path=str(folder / "text.txt"), tokenizer=TokenizerConfig("char"))
     return folder, config, ids(prepare(config, folder, folder / "cache").tokens("all"))
 
@@ -224,7 +231,7 @@ def bitten(content, data):
 
 
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_damaged_shards_are_made_again(shelf, data):
     folder, config, wanted = shelf
     with tempfile.TemporaryDirectory() as place:
@@ -240,7 +247,7 @@ def test_damaged_shards_are_made_again(shelf, data):
 
 
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_a_manifest_that_lies_is_not_believed(shelf, data):
     folder, config, wanted = shelf
     with tempfile.TemporaryDirectory() as place:
@@ -264,7 +271,7 @@ def test_a_manifest_that_lies_is_not_believed(shelf, data):
 MODEL = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=6), TOKENIZERS["char"].vocab_size).eval()
 for parameter in MODEL.parameters():
     parameter.data *= 20  # logits far apart
-number = st.floats() | st.integers(-3, 60) | st.sampled_from([0.0, 1e-45, 1e-38, 1e-5, 1e-6, 1.0, 1e30, 3e38, 1e308, 2**70])
+number = st.floats() | st.integers(-3, 60) | st.sampled_from([0.0, 1e-45, 1e-38, 1e-5, 1e-6, 1.0, 1e6, 3e38, 1e308, 2**70])
 
 
 @given(
@@ -276,18 +283,15 @@ number = st.floats() | st.integers(-3, 60) | st.sampled_from([0.0, 1e-45, 1e-38,
     seed=st.none() | st.integers(-2, 2**64),
     stop=st.lists(st.text("the \n", max_size=3), max_size=2),
 )
-@settings(max_examples=300)
+@settings(max_examples=200)
 @example(temperature=1e-5, top_k=None, top_p=None, min_p=None, repetition_penalty=1e-45, seed=1, stop=[])
-@example(temperature=3e38, top_k=None, top_p=1e-45, min_p=1.0, repetition_penalty=3e38, seed=1, stop=[])
+@example(temperature=1e6, top_k=None, top_p=1e-45, min_p=1.0, repetition_penalty=1e6, seed=1, stop=[])
 def test_any_sampling_writes_or_is_refused(stop, **sampling):
     options = {"max_new_tokens": 8, "stop": stop, **sampling}
-    try:
-        text = generate(MODEL, TOKENIZERS["char"], "the", **options)
-    except UserError as error:
-        assert error.hint
-        assert out_of_limits(**options)
+    text, error = tried(lambda: generate(MODEL, TOKENIZERS["char"], "the", **options))
+    assert bool(error) == out_of_limits(**options)
+    if error:
         return
-    assert not out_of_limits(**options)
     assert text.startswith("the")
     assert len(text) <= 3 + 8
     if sampling["seed"] is not None:
@@ -296,11 +300,11 @@ def test_any_sampling_writes_or_is_refused(stop, **sampling):
 
 def out_of_limits(temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, max_new_tokens):
     return (
-        not 0 <= temperature < math.inf
+        not 0 <= temperature <= 10**6
         or (top_k is not None and top_k < 1)
         or (top_p is not None and not 0 < top_p <= 1)
         or (min_p is not None and not 0 <= min_p <= 1)
-        or not 0 < repetition_penalty < math.inf
+        or not 0 < repetition_penalty <= 10**6
         or (seed is not None and not 0 <= seed < 2**63)
         or "" in stop
     )
@@ -309,18 +313,15 @@ def out_of_limits(temperature, top_k, top_p, min_p, repetition_penalty, seed, st
 @given(value=json_values | st.binary(max_size=3), name=st.sampled_from(["temperature", "top_k", "top_p", "min_p", "seed"]))
 @settings(max_examples=60)
 def test_a_setting_of_any_type_writes_or_is_refused(name, value):
-    try:
-        generate_many(MODEL, TOKENIZERS["char"], "the", 2, max_new_tokens=2, **{name: value})
-    except UserError as error:
-        assert name in str(error)
+    _, error = tried(lambda: generate_many(MODEL, TOKENIZERS["char"], "the", 2, max_new_tokens=2, **{name: value}))
+    assert not error or name in str(error)
 
 
 @given(prompt=texts)
 @settings(max_examples=60)
 def test_any_prompt_is_continued_or_refused(prompt):
-    try:
-        text = generate(MODEL, TOKENIZERS["char"], prompt, max_new_tokens=3, seed=1)
-    except UserError:
+    text, error = tried(lambda: generate(MODEL, TOKENIZERS["char"], prompt, max_new_tokens=3, seed=1))
+    if error:
         assert set(prompt) - set(LEARNED_FROM)
         return
     assert text.startswith(prompt)

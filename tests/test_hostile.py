@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import hostile
@@ -178,6 +178,7 @@ def test_what_callbacks_may_keep_opens(good, tmp_path, whole):
     kept = [
         {1, 2},
         b"bytes",
+        Counter("abca"),
         torch.Size((2, 3)),
         torch.device("cpu"),
         torch.bfloat16,

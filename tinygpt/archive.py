@@ -13,6 +13,7 @@ import math
 import pickle
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -74,7 +75,7 @@ def read_outline(path: Path, hint: str) -> Outline:
         if "CRC" in str(error):
             raise UserError(f"{path} is corrupted: the checksum of {_entry(error)} does not match", hint) from error
         raise UserError(f"{path} cannot be read: it is damaged, cut short, or not a checkpoint", hint) from error
-    except (OSError, EOFError, ValueError, NotImplementedError, MemoryError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, KeyError, struct.error, MemoryError) as error:
         raise UserError(f"{path} cannot be read: it is damaged, cut short, or not a checkpoint", hint) from error
 
 
@@ -111,7 +112,7 @@ def _outline(archive: zipfile.ZipFile, file_size: int) -> Outline:
     if "data.pkl" not in named:
         raise Refused("its archive has no data.pkl")
     small = {name: _read(archive, entry) for name, entry in named.items() if not name.startswith("data/")}
-    if small.get("byteorder", b"little") != b"little":
+    if small.get("byteorder", b"little").decode() != sys.byteorder:
         raise Refused("its numbers have the byte order of another machine")
     storages = {name.removeprefix("data/"): entry for name, entry in named.items() if name.startswith("data/")}
     reader = _Reader(small["data.pkl"], {key: entry.file_size for key, entry in storages.items()}, 2 * file_size + _SPARE)
@@ -184,6 +185,7 @@ class _Reader(pickle._Unpickler):
         self.storages, self.nbytes = storages, 0
         self.known: dict[str, Any] = {
             "collections.OrderedDict": self.ordered,
+            "collections.Counter": self.as_given,
             "torch._utils._rebuild_tensor_v2": self.tensor,
             "torch._utils._rebuild_parameter": self.parameter,
             "torch.device": self.device,
@@ -250,6 +252,7 @@ class _Reader(pickle._Unpickler):
 
     def as_given(self, items: Any) -> Any:
         self.code.memory -= _PER_READ * len(items)
+        self.refuse_keys(list(items))
         return items
 
     def encode(self, text: str, encoding: str) -> str:  # how bytes are written

@@ -291,7 +291,8 @@ class TrainConfig:
     callbacks: dict[str, Any] = option({}, "Lightning callbacks, by name")
     sweep: SweepConfig = group(SweepConfig, "several runs with -m: every combination, or a search")
     allow_targets: list[str] = option(
-        [], "packages beside lightning, tinygpt, torch and torchmetrics that a _target_ may lie in; on the command line only"
+        [],
+        "packages beside lightning, tinygpt, torch, torchmetrics that a _target_ may name; on the command line only",
     )
     seed: int = option(1337, "decides initial weights, batches and dropout", ge=0, lt=2**63)
     matmul_precision: str = option(
@@ -375,11 +376,11 @@ class SampleConfig:
     prompt: str = option("\n", "the text to continue; @FILE reads a file, - standard input")
     num_samples: int = option(1, "how many continuations", ge=1, le=2**16)
     max_new_tokens: int = option(256, "how many tokens each", ge=1)
-    temperature: float = option(0.8, "0: always the likeliest token; above 1: wilder", ge=0)
+    temperature: float = option(0.8, "0: always the likeliest token; above 1: wilder", ge=0, le=10**6)
     top_k: int | None = option(None, "draw from the k likeliest tokens only", ge=1)
     top_p: float | None = option(None, "draw from the likeliest tokens that together reach probability p", gt=0, le=1)
     min_p: float | None = option(None, "drop tokens less likely than min_p times the likeliest", ge=0, le=1)
-    repetition_penalty: float = option(1.0, "above 1: tokens already seen become less likely", gt=0)
+    repetition_penalty: float = option(1.0, "above 1: tokens already seen become less likely", gt=0, le=10**6)
     stop: list[str] = option([], r"end a sample before any of these strings; \n, \t and \\ are decoded")
     seed: int | None = option(None, "the same seed draws the same text; null: a new one each time", ge=0, lt=2**63)
     interactive: bool = option(False, "a >> prompt that streams; quit or Ctrl-D ends it")

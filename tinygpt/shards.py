@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 
-_PROBE, _PROBES = 2**12, 64  # tokens that are looked at at once when a prepared corpus is opened, and how often
+_PROBE, _PROBES = 2**10, 16  # tokens that are looked at at once when a prepared corpus is opened, and how often
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEARNED_WITH = {"word": ("min_frequency", "specials"), "bpe": ("vocab_size",)}
 
@@ -125,6 +125,8 @@ def _tokens(folder: Path, manifest: Manifest, split: str) -> Tokens:
         if size != expected:
             raise ValueError(f"{file} has {size} bytes instead of {expected}")
     counts = [shard["tokens"] for shard in entry["shards"]]
+    if sum(counts) != entry["tokens"]:
+        raise ValueError(f"{split} has {sum(counts)} tokens instead of {entry['tokens']}")
     return Tokens([folder / file for file in sizes], counts, dtype.str, [(folder / file, 0) for file in documents])
 
 
