@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
