@@ -3,10 +3,11 @@
 import pytest
 import tiny
 import torch
+from lightning import Trainer
 from scripts import run_inside
 from test_ddp import command
 from tiny import column
-from together import together, train_quickly, train_together
+from together import together, train_quickly, train_together, wait_until
 
 from tinygpt.checkpoint import open_checkpoint
 
@@ -21,10 +22,11 @@ def quick(monkeypatch):
     train_quickly(monkeypatch)
 
 
-def train(folder, name, trainer=None, **changes):
-    """A run by as many processes as `trainer` needs."""
+def train(folder, name, trainer=None, before=lambda rank: None, **changes):
+    """A run by as many processes as `trainer` needs; before(rank) comes first in each."""
 
     def work(rank):
+        before(rank)
         return str(tiny.run(folder, name, trainer=trainer, **changes))
 
     assert (together(work) if trainer else [work(0)])[0] == str(folder / name)
@@ -65,9 +67,18 @@ def test_a_run_goes_on_with_another_number_of_processes_whole_or_divided(tmp_pat
 
 
 def test_resume_latest_means_the_same_run_in_every_process(tmp_path, monkeypatch):
+    """Also in one that looks for it when the first has begun, as those that it starts do."""
+    fit, begun = Trainer.fit, tmp_path / "begun"
+
+    def before(rank):
+        if rank == 1:
+            wait_until(begun.exists)
+        else:
+            Trainer.fit = lambda *args, **options: (begun.touch(), fit(*args, **options))
+
     monkeypatch.chdir(tmp_path)
-    train(tmp_path, "first", TWO, steps=2)
-    train(tmp_path, "second", TWO, steps=4, resume="latest", overrides=("trainer.max_steps=4",))
+    train(tmp_path, "first", steps=2)
+    train(tmp_path, "second", TWO, before, steps=4, resume="latest", overrides=("trainer.max_steps=4",))
     assert [step for step, _ in column(tmp_path / "second", "train/loss")] == [3, 4]
 
 

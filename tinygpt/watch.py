@@ -107,21 +107,25 @@ class Watch(L.Callback):
                 found[rank] = KILLED
         return found
 
+    def orphaned(self) -> bool:
+        """Whether what has started this process has ended (torchrun, srun)."""
+        return self.launcher is not None and os.getppid() != self.launcher
+
     def speaks(self, gone: dict[int, str]) -> bool:
         """Whether it is for this process to say that others have gone: the first one that is left on its machine."""
         here = [rank for rank, member in enumerate(self.members) if member["host"] == self.host]
         first = self.trainer.global_rank - self.trainer.local_rank
         here = here or list(range(first, first + self.trainer.num_devices))
-        return min(rank for rank in here if rank not in gone) == self.trainer.global_rank
+        left = here if self.orphaned() else [rank for rank in here if rank not in gone]
+        return min(left) == self.trainer.global_rank
 
     def look_after(self) -> None:
         """What the thread does: for a process that waits for another one in vain, and can do nothing else."""
         while not self.leaving.wait(INTERVAL):
-            gone = self.gone()
-            without_launcher = self.launcher is not None and os.getppid() != self.launcher
-            if (gone or without_launcher) and not self.leaving.wait(GRACE):
+            if self.orphaned() or (self.gone() and not self.leaving.wait(GRACE)):
+                gone = self.gone()
                 if self.speaks(gone):
-                    error = self.describe(gone, self.heard(), "torchrun has ended")
+                    error = self.describe(gone, self.heard(gone))
                     print(f"error: {error}\nhint: {error.hint}", file=sys.stderr, flush=True)
                 self.end_children()
                 os._exit(1)
@@ -147,11 +151,9 @@ class Watch(L.Callback):
 
     def account_for_others(self, error: Exception) -> BaseException:
         leave_within(GRACE)
-        gone, heard = self.gone(), self.heard()
         end = time.monotonic() + 2
-        while not gone and heard is None and time.monotonic() < end:
+        while (heard := self.heard(gone := self.gone())) is None and not gone and time.monotonic() < end:
             time.sleep(0.1)
-            gone, heard = self.gone(), self.heard()
         self.end_children()
         if not self.speaks(gone) or heard == {}:
             return SystemExit(1)
@@ -159,9 +161,11 @@ class Watch(L.Callback):
             print(heard["traceback"], end="", file=sys.stderr)
         return self.describe(gone, heard, one_line(error))
 
-    def describe(self, gone: dict[int, str], heard: dict[str, Any] | None, otherwise: str) -> Lost:
+    def describe(self, gone: dict[int, str], heard: dict[str, Any] | None, otherwise: str = "") -> Lost:
         world, step = self.trainer.world_size, self.trainer.global_step
-        if heard:
+        if self.orphaned():
+            message = f"the launcher has ended, at step {step}, and its processes with it"
+        elif heard:
             message = f"process {heard['rank']} of {world} failed at step {step}: {heard['error']}"
         elif gone:
             rank, end = min(gone.items())
@@ -187,8 +191,10 @@ class Watch(L.Callback):
             return False
         return True
 
-    def heard(self) -> dict[str, Any] | None:
-        """Word that was left: {} where its process has said it already."""
+    def heard(self, gone: dict[int, str]) -> dict[str, Any] | None:
+        """Word that was left: {} where its process has said it already. torchrun keeps it, or else the first process."""
+        if self.orphaned() or (0 in gone and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"):
+            return None
         try:
             return json.loads(store().get(KEY)) if store().check([KEY]) else None
         except (RuntimeError, ValueError):
