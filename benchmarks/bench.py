@@ -2,8 +2,9 @@
 
     python benchmarks/bench.py --nanogpt PATH [--quick]        or: make bench-quick NANOGPT=PATH, make bench NANOGPT=PATH
 
---quick: fewer rounds, under ten minutes, nothing kept; else under an hour, into benchmarks/results. transformers comes with
-the [dev] extra; litgpt is measured where it can be imported. A script that fails is named, and the others go on.
+--quick: fewer rounds, under ten minutes, nothing kept; else about an hour, into benchmarks/results. transformers comes with
+the [dev] extra, but training with it needs `accelerate` too; that and litgpt are measured where they can be imported. A
+script that fails is named, and the others go on.
 """
 
 import argparse
@@ -100,8 +101,9 @@ def commands(nanogpt: str, quick: bool) -> Iterator[list[str]]:
     yield ["startup.py", *peer, *short]
     yield ["race.py", *peer, *short]
     yield ["quality.py", *short]
+    transformers = ["--transformers"] if find_spec("accelerate") else []
     litgpt = ["--litgpt"] if find_spec("litgpt") and not quick else []
-    yield ["throughput.py", *peer, "--transformers", *litgpt, *short]
+    yield ["throughput.py", *peer, *transformers, *litgpt, *short]
     yield ["generation.py", *peer, *short]
     yield ["prepare.py", *short]
 

@@ -31,6 +31,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "serving": results.serving,
     "generation": results.generation,
     "preparation": results.preparation,
+    "reliability": results.reliability,
     "letters": shapes.letters,
     "imdb-prepared": imdb.prepared,
     "imdb-vocabulary": imdb.vocabulary,

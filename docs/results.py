@@ -37,6 +37,19 @@ def ablation() -> str:
     return f"{table(head, rows)}\n\n{place(found)}"
 
 
+def reliability() -> str:
+    """How many trials of each kind were survived."""
+    if not (RESULTS / "reliability.json").exists():
+        return "Not measured yet; `benchmarks/reliability.py` does it."
+    found = read("reliability")
+    rows = []
+    for kind, row in found["kinds"].items():
+        how = ", ".join(f"{count} {what}" for what, count in row["how"].items())
+        rows.append((kind, str(row["trials"]), str(row["survived"]), str(len(row["lost"])), how))
+    text = table(("kind", "trials", "survived", "lost", "how it went"), rows)
+    return f"By `benchmarks/reliability.py`, which says what each kind is:\n\n{text}\n\n{place(found)}"
+
+
 def read(name: str) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return result

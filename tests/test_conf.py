@@ -1,89 +1,31 @@
 """Every recipe in conf/ composes, every key is checked, and what is taken verbatim arrives as it was typed."""
 
 import contextlib
-import copy
-import functools
-import inspect
-import itertools
-import random
 import re
 
-import hydra
 import pytest
 import torch
 import yaml
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from composing import CONF, SCHEMAS, compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
-from scripts import ROOT, run_inside
+from scripts import run_inside
 
 from tinygpt import cli
 from tinygpt.config import (
-    EvaluateConfig,
-    ExportConfig,
-    PrepareConfig,
     SampleConfig,
     TrainConfig,
     UserError,
     all_keys,
     from_dict,
-    inner_schema,
     unescape,
 )
 from tinygpt.model import GPT
-from tinygpt.targets import check_node
-from tinygpt.trainer import check_trainer
+from tinygpt.preflight import preflight
 
-CONF = ROOT / "conf"
-SCHEMAS = {
-    "train": TrainConfig,
-    "prepare": PrepareConfig,
-    "sample": SampleConfig,
-    "evaluate": EvaluateConfig,
-    "export": ExportConfig,
-}
+HARDWARE = ("trainer/gpu", "trainer/ddp", "trainer/mps")  # what may not be here
 CHOICES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/**/*.yaml"))
-
-
-def compose(verb, *arguments, schema=None, conf=CONF):
-    """The config of a command line; errors as the user's script would see them."""
-    schema = schema or SCHEMAS[verb]
-    cli.register(verb, schema)
-    overrides = [cli.prepare_override(argument) for argument in cli.one_budget(list(arguments))]
-    with explained(schema):
-        return cli.compose(verb, schema, conf, overrides)
-
-
-@contextlib.contextmanager
-def explained(schema):
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise cli.explain(error, schema) from error
-
-
-@functools.cache
-def composed(verb):
-    cli.register(verb, SCHEMAS[verb])
-    with hydra.initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return hydra.compose(config_name=verb)
-
-
-def override(verb, argument):
-    """As `compose`, a tenth as slow: Hydra changes a config that it has composed before."""
-    config = copy.deepcopy(composed(verb))
-    with explained(SCHEMAS[verb]):
-        overrides = OverridesParser.create().parse_overrides([cli.prepare_override(argument)])
-        ConfigLoaderImpl._apply_overrides_to_config(overrides, config)
-        return cli.to_schema(config, SCHEMAS[verb])
-
-
-def many_times():
-    """What to call for a config where there are many: each tenth is composed from its files."""
-    return itertools.cycle([compose, *[override] * 9])
 
 
 def test_conf_is_found():
@@ -99,13 +41,8 @@ def test_every_choice_composes_and_can_be_built(choice):
     with torch.device("meta"):
         model = GPT(config.model, vocab_size=65)
     assert sum(p.numel() for p in model.parameters()) > 1000
-    check_trainer(config.trainer)
-    check_node(config.trainer, "trainer", ignore=("max_tokens",))
-    for kind, nodes in (("logger", config.logger), ("callbacks", config.callbacks)):
-        for key, node in nodes.items():
-            target, arguments = check_node(node, f"{kind}.{key}")
-            given = dict.fromkeys(inspect.signature(target).parameters)
-            assert set(arguments) <= set(given) or "kwargs" in given
+    with contextlib.suppress(UserError) if choice in HARDWARE else contextlib.nullcontext():
+        preflight(config)
 
 
 @pytest.mark.parametrize("path", [*CONF.glob("model/*.yaml"), *CONF.glob("optimizer/*.yaml"), *CONF.glob("data/*.yaml")])
@@ -143,75 +80,6 @@ def test_help_names_every_key_and_choice(verb, tmp_path):
         group, _, name = choice.rpartition("/")
         if choice.split("/")[0] in known:
             assert re.search(rf"^ *{group} .*\b{name}\b", done.stdout, flags=re.MULTILINE), choice
-
-
-def keys_with_values(verb):
-    return [key for key in all_keys(SCHEMAS[verb]) if verb == "train" or not key.startswith("data")]
-
-
-def misspelt(key):
-    """`key` with one letter of its last word left out, doubled or changed."""
-    group, _, name = key.rpartition(".")
-    draw = random.Random(key)
-    i = draw.randrange(1, len(name))
-    wrong = draw.choice([name[:i] + name[i + 1 :], name[:i] + name[i] + name[i:], name[:i] + "q" + name[i + 1 :]])
-    return f"{group}.{wrong}" if group else wrong
-
-
-@pytest.mark.parametrize("verb", SCHEMAS)
-def test_a_misspelt_key_is_refused_and_the_nearest_named(verb):
-    configs = many_times()
-    for key in keys_with_values(verb):
-        wrong = misspelt(key)
-        for plus in ("", "+", "++"):
-            if plus and key not in ("model.n_head", "seed", "prompt", "split"):
-                continue
-            with pytest.raises(UserError) as caught:
-                next(configs)(verb, f"{plus}{wrong}=1")
-            assert str(caught.value) == f"there is no key {wrong}"
-            assert caught.value.hint == f"did you mean {key}?", wrong
-
-
-def fields_of(kind, prefix=""):
-    import dataclasses
-
-    for item in dataclasses.fields(kind):
-        if inner := inner_schema(item):
-            yield from fields_of(inner, f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", item
-
-
-@pytest.mark.parametrize("verb", SCHEMAS)
-def test_a_value_of_the_wrong_type_is_refused(verb):
-    tried, configs = 0, many_times()
-    for key, item in fields_of(SCHEMAS[verb]):
-        kind = str(item.type)
-        if verb == "evaluate" and key.startswith("data."):
-            continue
-        wrong = ["abc"] if "int" in kind or "float" in kind else ["maybe", "3.5"] if "bool" in kind else []
-        wrong += ["1.5"] if "int" in kind else []
-        wrong += ["null"] if wrong and "None" not in kind and len(key) % 3 == 0 else []
-        for value in wrong:
-            with pytest.raises(UserError, match=re.escape(key)):
-                next(configs)(verb, f"{key}={value}")
-            tried += 1
-    assert tried > 3
-
-
-@pytest.mark.parametrize("verb", SCHEMAS)
-def test_a_value_outside_the_declared_limits_is_refused(verb):
-    configs = many_times()
-    for key, item in fields_of(SCHEMAS[verb]):
-        if verb == "evaluate" and key.startswith("data."):
-            continue
-        limits = item.metadata
-        wrong = [limits["ge"] - 1] if "ge" in limits else [limits["gt"]] if "gt" in limits else []
-        wrong += [limits["le"] + 1] if "le" in limits else [limits["lt"]] if "lt" in limits else []
-        wrong += ["nonsense"] if "choices" in limits else []
-        for value in wrong:
-            with pytest.raises(UserError, match=re.escape(f"{key}=")):
-                next(configs)(verb, f"{key}={value}")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +149,6 @@ def test_quote_survives_hydra_s_grammar(text):
 
 def parsed(override):
     """What Hydra's parser and OmegaConf's interpolation make of one override."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
     node = OmegaConf.structured(SampleConfig)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import column, corpus, summary
+from together import environment, free_port, places, tasks, train_together
 
 from tinygpt.checkpoint import open_checkpoint
 
@@ -25,11 +26,6 @@ def command(folder, *overrides):
         *("data.global_batch_size=6", "data.micro_batch_size=2", "trainer.log_every_n_steps=1"),
         *("callbacks.samples.max_new_tokens=10", "optimizer.warmup_steps=2", *overrides),
     ]
-
-
-def environment():
-    launcher = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-    return {**{k: v for k, v in os.environ.items() if k not in launcher}, "OMP_NUM_THREADS": "1"}
 
 
 def train(folder, *overrides):
@@ -113,12 +109,47 @@ def test_an_interrupt_ends_both_and_saves(tmp_path):
 
 
 def test_torchrun_makes_one_run_too(runs, tmp_path):
-    folder, _ = runs
     python, *rest = command(tmp_path, *TWO, "trainer.max_steps=5", "trainer.val_check_interval=3")
     launcher = [python, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *rest]
     done = subprocess.run(launcher, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    (made,) = (path.parent for path in (tmp_path / "outputs").glob("*/*/summary.json"))
-    assert len(list((tmp_path / "outputs").rglob("train.log"))) == 1
-    assert not (tmp_path / "train.log").exists()
-    assert dict(column(made, "val/loss")) == pytest.approx(dict(column(folder / "two", "val/loss")), abs=1e-6)
+    assert_one_run(tmp_path, runs[0])
+
+
+def assert_one_run(folder, runs):
+    """One run directory, one log, and the losses of a single process."""
+    (made,) = (path.parent for path in (folder / "outputs").glob("*/*/summary.json"))
+    assert len(list((folder / "outputs").rglob("train.log"))) == 1
+    assert not (folder / "train.log").exists()
+    assert dict(column(made, "val/loss")) == pytest.approx(dict(column(runs / "one", "val/loss")), abs=1e-6)
+
+
+MACHINES = ("trainer=ddp_cpu", "trainer.max_steps=5", "trainer.val_check_interval=3")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_two_machines_or_tasks_make_one_run_too(launcher, runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))  # srun's would be a function of the job's number
+    environments = {"torchrun": places(machines=2), "srun": tasks()}[launcher]
+    first, second = train_together(*command(tmp_path, *MACHINES)[2:], cwd=tmp_path, environments=environments)
+    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
+    assert (second.stdout, second.stderr) == ("", "")
+    assert_one_run(tmp_path, runs[0])
+
+
+@pytest.mark.slow
+def test_two_torchruns_make_one_run_too(runs, tmp_path):
+    """Of one process each, as on two machines."""
+    python, *rest = command(tmp_path, *MACHINES)
+    together = [python, "-m", "torch.distributed.run", "--nproc-per-node=1", "--nnodes=2", "--master-addr=127.0.0.1"]
+    together.append(f"--master-port={free_port()}")
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    machines = [
+        subprocess.Popen([*together, f"--node-rank={rank}", *rest], cwd=tmp_path, env=environment(), **streams)
+        for rank in (1, 0)
+    ]
+    said = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert said[0] == ("", "")
+    assert said[1][0].count("best val loss") == 1
+    assert_one_run(tmp_path, runs[0])

@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,7 @@ from test_conf import compose
 from test_readme import commands_of
 
 from tinygpt.multirun import written
-from tinygpt.run import check_nodes
-from tinygpt.trainer import check_trainer
+from tinygpt.preflight import preflight
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -160,8 +160,7 @@ def test_every_command_is_one_that_the_scripts_take(line, home, generate):
     for job in jobs(arguments):
         config = compose(verb, *job, schema=generate["reference"].schemas()[verb])
         if verb == "train":
-            check_trainer({**config.trainer, "accelerator": "cpu"})
-            check_nodes(config)
+            preflight(replace(config, trainer={**config.trainer, "accelerator": "cpu"}))
             assert config.data.corpus != "text" or list(home.glob(config.data.path)), "no such text in the test's folder"
 
 

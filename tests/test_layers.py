@@ -12,22 +12,24 @@ PACKAGE = ROOT / "tinygpt"
 
 # From the bottom up: a module may import those of the lines above its own.
 LAYERS = (
-    ("config", "summary", "lean"),
-    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory", "lock"),
-    ("imdb", "tokens", "documents", "streams", "plot", "launch"),
+    ("kinds", "summary", "lean", "ranks"),
+    ("config",),
+    ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory", "lock", "finite", "archive"),
+    ("imdb", "tokens", "documents", "streams", "synthetic", "plot", "launch"),
     ("corpus", "ranking", "search"),
     ("multirun",),
     ("pieces",),
     ("writer", "meter"),
     ("workspace",),
     ("optim", "loss", "cache", "shards", "evaluate", "hub", "tokenizer_files", "cli"),
-    ("decode", "precision"),
+    ("decode", "precision", "sharding"),
     ("generate",),
     ("forecast", "terminal", "lit", "data", "engine", "pretrained", "model_card"),
     ("checkpoint",),
-    ("callbacks", "loggers", "export"),
+    ("callbacks", "loggers", "export", "resume"),
     ("progress", "trainer", "pruning"),
-    ("report", "served"),
+    ("report", "served", "verify", "preflight", "start"),
+    ("watch",),
     ("run", "bodies"),
     ("answers",),
     ("guard", "openai_api", "playground"),
@@ -40,7 +42,8 @@ HEAVY = ("torch", "lightning", "hydra", "omegaconf", "wandb", "transformers", "m
 TORCH_OR_LESS = (
     *("tokenizer", "model", "optim", "loss", "memory", "cache", "decode", "precision", "generate", "engine", "checkpoint"),
     *("pretrained", "hub", "corpus", "streams", "pieces", "writer", "workspace", "meter", "shards", "batches", "terminal"),
-    *("tokenizer_files", "model_card", "sweep", "launch", "ranking", "search"),
+    *("tokenizer_files", "model_card", "lock", "finite", "synthetic", "sweep", "launch", "ranking", "search", "archive"),
+    *("kinds", "ranks"),
 )
 
 
@@ -69,7 +72,7 @@ def test_no_module_imports_upward(module):
         assert first not in {"train", "sample", "evaluate", "tests", "benchmarks"}
 
 
-@pytest.mark.parametrize("module", ["config", "summary", "help"])
+@pytest.mark.parametrize("module", ["config", "kinds", "summary", "help"])
 def test_what_help_needs_is_the_standard_library(module):
     for name in imports(PACKAGE / f"{module}.py"):
         assert name.split(".")[0] in {*sys.stdlib_module_names, "tinygpt"}, name

@@ -10,12 +10,13 @@ import pytest
 import torch
 from tiny import CALLBACKS, EMA, LAST_EVERY_3, column, corpus, rows, run, settings, summary, text
 
+from tinygpt import batches
 from tinygpt import checkpoint as ckpt
 from tinygpt.batches import BatchOrder
 from tinygpt.callbacks import GracefulStop
 from tinygpt.config import TokenizerConfig, UserError
 from tinygpt.lit import LitGPT
-from tinygpt.loggers import COLUMNS
+from tinygpt.loggers import COLUMNS, CSVLogger
 from tinygpt.model import GPT
 from tinygpt.run import train
 
@@ -77,6 +78,23 @@ def whole(tmp_path_factory):
         return run(folder, **HARD)
 
 
+@pytest.fixture(scope="module")
+def validated_in_parts(tmp_path_factory):
+    """The same, where a validation is five batches."""
+    folder = tmp_path_factory.mktemp("parts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(batches, "VALIDATION_TOKENS", 64)
+        return run(folder, **HARD)
+
+
+@pytest.fixture
+def whole_slowly(validated_in_parts, monkeypatch):
+    """That run, for a test whose validations are as it."""
+    monkeypatch.setattr(batches, "VALIDATION_TOKENS", 64)
+    return validated_in_parts
+
+
 def stopped_by_signal(monkeypatch, step):
     monkeypatch.setattr(GracefulStop, "agree", lambda self, trainer: 15 * (trainer.global_step == step))
 
@@ -115,6 +133,79 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch, 
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
 
 
+def killed_inside(monkeypatch, method, call):
+    """At the call-th time that LitGPT's method is called."""
+    real, calls = getattr(LitGPT, method), []
+
+    def dying(self, *arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise RuntimeError("the power is out")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(LitGPT, method, dying)
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "left"),
+    [
+        ("backward_part", 26, 12),  # the second micro-batch of step 13
+        ("validation_step", 2, None),  # in the first validation: no checkpoint yet
+        ("validation_step", 7, 6),  # in the second, after step 8
+    ],
+)
+def test_a_run_killed_in_the_middle_of_something_ends_as_if_it_had_not_been(
+    tmp_path, monkeypatch, whole_slowly, method, call, left
+):
+    with monkeypatch.context() as patch:
+        killed_inside(patch, method, call)
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path, **HARD)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert (opened(tmp_path / "run")["global_step"] if last.exists() else None) == left
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole_slowly)
+
+
+def test_loader_workers_change_nothing(tmp_path, monkeypatch, whole):
+    hard = {**HARD, "data": {**HARD["data"], "num_workers": 2}}
+    with monkeypatch.context() as patch:
+        killed(patch, 14)
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path, **hard)
+    assert_same_run(run(tmp_path, resume="auto", **hard), whole)
+
+
+def test_a_folder_that_goes_away_takes_nothing_with_it_that_can_be_kept(tmp_path, monkeypatch, caplog):
+    real = LitGPT.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 4:
+            (tmp_path / "run").rename(tmp_path / "moved")
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitGPT, "training_step", training_step)
+    run_dir = run(tmp_path)
+    assert summary(run_dir)["status"] == "done"
+    assert opened(run_dir)["global_step"] == 6
+    assert [row["step"] for row in rows(run_dir)] == ["5", "6"]
+    assert opened(tmp_path / "moved")["global_step"] == 3
+    assert "has gone" in caplog.text
+
+
+def test_lines_that_the_disk_refuses_for_a_while_are_written_later(tmp_path, monkeypatch, caplog):
+    real, refused = CSVLogger.write, []
+
+    def write(self):
+        if len(refused) < 2:
+            refused.append(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self)
+
+    monkeypatch.setattr(CSVLogger, "write", write)
+    assert [row["step"] for row in rows(run(tmp_path))] == [str(step) for step in range(7)]
+    assert caplog.text.count("its lines wait") == 1
+
+
 def test_muon_and_adamw_resume_as_one(tmp_path, monkeypatch):
     hard = {**HARD, "optimizer": {"name": "muon"}}
     (tmp_path / "whole").mkdir()
@@ -142,6 +233,72 @@ def test_ctrl_c_during_the_first_validation_saves_too(tmp_path, monkeypatch, who
     assert summary(tmp_path / "run")["status"] == "interrupted"
     assert opened(tmp_path / "run")["global_step"] == 0
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+
+
+def signal_in_validation(monkeypatch, number):
+    """SIGTERM in the second batch of a validation, counted from 0; the batches that are read."""
+    real, seen = LitGPT.validation_step, []
+
+    def validation_step(self, batch, batch_idx):
+        seen.append(batch_idx)
+        if seen.count(1) == number + 1 and batch_idx == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitGPT, "validation_step", validation_step)
+    return seen
+
+
+@pytest.mark.parametrize(("number", "step"), [(1, 8), (2, 16)])
+def test_a_signal_in_the_middle_of_a_validation_is_not_made_to_wait(tmp_path, monkeypatch, whole_slowly, number, step):
+    """The resumed run begins with that validation."""
+    with monkeypatch.context() as patch:
+        seen = signal_in_validation(patch, number)
+        with pytest.raises(SystemExit) as left:
+            run(tmp_path, **HARD)
+    assert left.value.code == 143
+    assert seen[-1] == 1
+    assert opened(tmp_path / "run")["global_step"] == step
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole_slowly)
+
+
+def test_a_signal_in_the_last_validation_lets_the_run_end(tmp_path, monkeypatch, whole_slowly):
+    signal_in_validation(monkeypatch, 3)
+    assert_same_run(run(tmp_path, **HARD), whole_slowly)
+
+
+def test_slurms_warning_queues_the_job_again(tmp_path, monkeypatch, whole):
+    tool = tmp_path / "scontrol"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with monkeypatch.context() as patch:
+        patch.setattr(GracefulStop, "agree", lambda self, trainer: signal.SIGUSR1 * (trainer.global_step == 5))
+        with pytest.raises(SystemExit) as left:
+            run(tmp_path, **HARD)
+    assert left.value.code == 143
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
+
+
+def test_keep_last_keeps_the_newest_states_and_the_best(tmp_path, monkeypatch):
+    several = {**CALLBACKS, "last": {**CALLBACKS["last"], "every_n_steps": 2, "keep_last": 3}}
+    with monkeypatch.context() as patch:
+        stopped_by_signal(patch, 7)
+        with pytest.raises(SystemExit):
+            run(tmp_path, steps=12, every=100, callbacks=several)
+    folder = tmp_path / "run" / "checkpoints"
+    assert opened(tmp_path / "run")["global_step"] == 7
+    run(tmp_path, steps=12, every=100, callbacks=several, resume="auto")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("best.ckpt", "last.ckpt", "step-10.ckpt", "step-12.ckpt", "step-8.ckpt")
+    ]
+    assert [opened(tmp_path / "run", f"step-{step}")["global_step"] for step in (8, 10, 12)] == [8, 10, 12]
+    assert folder.joinpath("last.ckpt").samefile(folder / "step-12.ckpt")
+    again = run(tmp_path, "again", ["resume=x"], resume=str(folder / "step-8.ckpt"), steps=12, every=100, callbacks=several)
+    assert same(opened(again)["state_dict"], opened(tmp_path / "run")["state_dict"])
 
 
 def test_the_clock_of_a_resumed_run_goes_on(tmp_path, monkeypatch):

@@ -325,8 +325,20 @@ def test_what_a_killed_process_left_does_no_harm(file, cache, tmp_path):
 # Several at once
 
 
+def prepared_by_two(file, cache):
+    """What two threads get that ask for the same tokens at the same time."""
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(prepare(config(file), cache, cache))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2
+    return results
+
+
 def test_whoever_is_second_waits_for_the_first(file, cache, monkeypatch):
-    fill, filling, waited, results = module._fill, threading.Event(), threading.Event(), []
+    fill, filling, waited = module._fill, threading.Event(), threading.Event()
 
     def slow(*arguments):
         assert not filling.is_set(), "the work is done twice"
@@ -336,12 +348,7 @@ def test_whoever_is_second_waits_for_the_first(file, cache, monkeypatch):
 
     monkeypatch.setattr(module, "_fill", slow)
     monkeypatch.setattr(workspace.log, "warning", lambda message: "waiting for it" in message and waited.set())
-    threads = [threading.Thread(target=lambda: results.append(prepare(config(file), cache, cache))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 2
+    results = prepared_by_two(file, cache)
     assert results[0].folder == results[1].folder
     assert visible(cache) == [results[0].folder.name]
 
@@ -349,19 +356,14 @@ def test_whoever_is_second_waits_for_the_first(file, cache, monkeypatch):
 def test_without_locks_whoever_is_second_uses_the_tokens_of_the_first(file, cache, monkeypatch):
     """Both build to the end before either gives its folder the final name."""
     monkeypatch.setattr(workspace, "_lock", lambda folder: None)
-    ready, publish, results = threading.Barrier(2, timeout=20), module._publish, []
+    ready, publish = threading.Barrier(2, timeout=20), module._publish
 
     def together(folder, target):
         ready.wait()
         return publish(folder, target)
 
     monkeypatch.setattr(module, "_publish", together)
-    threads = [threading.Thread(target=lambda: results.append(prepare(config(file), cache, cache))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 2
+    results = prepared_by_two(file, cache)
     assert ids(results[0].train) == ids(results[1].train)
     assert visible(cache) == [results[0].folder.name]
 

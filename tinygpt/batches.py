@@ -67,6 +67,9 @@ class Order(Protocol):
     def read(self, tokens: TokenSource, step: int, share: slice) -> Batch:
         """The sequences of step `step`, of all devices, that `share` picks."""
 
+    def name(self, step: int) -> str:
+        """Which sequences those are, for someone who wants to look at them."""
+
 
 def mix(x: Words) -> Words:
     """A hash of 64 bits to 64 bits (SplitMix64: Steele et al. 2014, doi:10.1145/2660193.2660195)."""
@@ -122,6 +125,14 @@ class BatchOrder:
     def read(self, tokens: TokenSource, step: int, share: slice) -> Batch:
         """The windows of step `step` that `share` picks."""
         return Batch(torch.from_numpy(tokens.windows(self.starts(step)[share], self.block_size + 1)))
+
+    def name(self, step: int) -> str:
+        return f"the windows that begin at the tokens {listed(self.starts(step))}"
+
+
+def listed(numbers: Integers) -> str:
+    """The first dozen."""
+    return ", ".join(map(str, numbers[:12].tolist())) + (", ..." if len(numbers) > 12 else "")
 
 
 def validation_rows(block_size: int, vocab_size: int, device: str) -> int:

@@ -3,7 +3,12 @@
 Order matters where two act at the same moment; `run.py` puts them in the order that their docstrings ask for.
 """
 
+import contextlib
+import logging
+import os
+import shutil
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from types import FrameType
@@ -14,17 +19,25 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from tinygpt.checkpoint import durable_save
+from tinygpt.checkpoint import durable_save, sync_folder
 from tinygpt.config import UserError
 from tinygpt.generate import generate, opening
 from tinygpt.lit import LitGPT
 from tinygpt.tokenizer import Tokenizer
 
+log = logging.getLogger("tinygpt")
+
 
 class DurableIO(TorchCheckpointIO):
     """Lightning's checkpoints through `durable_save`: its own way loses the old file when the disk is full."""
 
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        """Whatever Lightning and the environment say, no code is run."""
+        return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if not (run_dir := Path(path).parents[1]).is_dir():
+            log.warning("%s has gone; it is made again, without what it held", run_dir)
         try:
             durable_save(checkpoint, Path(path))
         except OSError as error:
@@ -41,17 +54,18 @@ def validation_due(trainer: L.Trainer) -> bool:
 
 
 class ValidateAtEnds(L.Callback):
-    """Every run begins and ends with a validation, so that a best checkpoint always exists. Comes first."""
+    """Every run begins and ends with a validation, so that a best checkpoint always exists. Comes last: all others have
+    then begun."""
 
     def __init__(self) -> None:
         self.validated_at = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == 0:
-            self.validate(trainer)
+        if self.validated_at != trainer.global_step and (trainer.global_step == 0 or validation_due(trainer)):
+            self.validate(trainer)  # the first, or one that a signal has interrupted
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.validated_at = trainer.global_step
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validated_at = trainer.global_step  # before any checkpoint of this validation
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.validated_at != trainer.global_step:
@@ -61,7 +75,7 @@ class ValidateAtEnds(L.Callback):
         return {"validated_at": self.validated_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.validated_at = state_dict["validated_at"]
+        self.validated_at = int(state_dict["validated_at"])
 
     @staticmethod
     def validate(trainer: L.Trainer) -> None:
@@ -88,23 +102,37 @@ class BestCheckpoint(L.Callback):
         return {"loss": self.loss, "step": self.step, "metrics": self.metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loss, self.step, self.metrics = state_dict["loss"], state_dict["step"], state_dict["metrics"]
+        self.loss, self.step = float(state_dict["loss"]), int(state_dict["step"])
+        self.metrics = dict(state_dict["metrics"])
 
 
 class LastCheckpoint(L.Callback):
-    """last.ckpt: where a resumed run goes on from; after each validation and every `every_n_steps` steps. Comes last."""
+    """last.ckpt: where a resumed run goes on from; after each validation and every `every_n_steps` steps. Comes last.
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"callbacks.last.every_n_steps={every_n_steps} is out of range", "it must be at least 1")
-        self.every_n_steps = every_n_steps
+    Of keep_last > 1 states each has a file of its own too, step-N.ckpt, of which last.ckpt is the newest.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, keep_last: int = 1) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("keep_last", keep_last)):
+            if value is not None and value < 1:
+                raise UserError(f"callbacks.last.{name}={value} is out of range", "it must be at least 1")
+        self.every_n_steps, self.keep_last = every_n_steps, keep_last
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0 and not validation_due(trainer):
-            trainer.save_checkpoint(checkpoint_path(trainer, "last"))
+            self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.save_checkpoint(checkpoint_path(trainer, "last"))
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        if self.keep_last == 1:
+            trainer.save_checkpoint(checkpoint_path(trainer, "last"))
+            return
+        numbered = Path(checkpoint_path(trainer, f"step-{trainer.global_step}"))
+        trainer.save_checkpoint(numbered)
+        if trainer.is_global_zero:
+            keep_newest(numbered, self.keep_last)
 
 
 class StopAtLoss(L.Callback):
@@ -207,7 +235,11 @@ class Samples(L.Callback):
             seed=self.seed,
         )
         head = f"## step {trainer.global_step}: validation loss {val_loss(pl_module):.4f}\n"
-        append_section(Path(trainer.default_root_dir) / "samples.md", head, trainer.global_step, fenced(text))
+        path = Path(trainer.default_root_dir) / "samples.md"
+        try:
+            append_section(path, head, trainer.global_step, fenced(text))
+        except OSError as error:
+            log.warning("%s cannot be written: %s", path, error.strerror)
 
 
 def fenced(text: str) -> str:
@@ -220,12 +252,17 @@ def append_section(path: Path, head: str, step: int, body: str) -> None:
     old = path.read_text(encoding="utf-8") if path.exists() else "# Samples\n\n"
     parts = old.split("\n## step ")
     kept = [parts[0], *(part for part in parts[1:] if int(part.split(":")[0]) < step)]
-    path.write_text("\n## step ".join(kept).rstrip("\n") + f"\n\n{head}\n{body}", encoding="utf-8")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n## step ".join(kept).rstrip("\n") + f"\n\n{head}\n{body}", encoding="utf-8")
+    temporary.replace(path)
 
 
 class GracefulStop(L.Callback):
-    """SIGINT, SIGTERM and SIGUSR1 end the run between two steps: all processes agree, save last.ckpt, and leave with
-    128 + the signal. A second Ctrl-C ends it at once.
+    """SIGINT, SIGTERM and SIGUSR1 end the run between two steps or two batches of a validation: all processes agree, save
+    last.ckpt, and leave with 128 + the signal. A second Ctrl-C ends it at once.
+
+    SIGUSR1 is how SLURM warns of the end of a job's time (sbatch --signal=USR1@60): that job is queued again where it may
+    be (--requeue), and the code is SIGTERM's.
 
     The handler only sets a flag. Lightning's own interrupts at any instruction, and its SIGTERM broadcast, one a step,
     hung two processes; it is switched off here.
@@ -242,7 +279,7 @@ class GracefulStop(L.Callback):
         self.listen()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.listen()  # the first validation comes before on_train_start reaches us; Lightning may listen in between
+        self.listen()  # early; Lightning may listen in between
 
     def listen(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -257,13 +294,27 @@ class GracefulStop(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not validation_due(trainer) and (number := self.agree(trainer)):
-            trainer.save_checkpoint(checkpoint_path(trainer, "last"))
-            raise SystemExit(128 + number)
+            self.leave(trainer, number)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """A validation may take longer than a cluster waits; the resumed run begins with it. The last one is finished."""
+        last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if not last and (number := self.agree(trainer)):
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()  # else Lightning leaves out what has been read
+            self.leave(trainer, number)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step < trainer.max_steps and (number := self.agree(trainer)):
-            trainer.save_checkpoint(checkpoint_path(trainer, "last"))
-            raise SystemExit(128 + number)
+            self.leave(trainer, number)
+
+    @staticmethod
+    def leave(trainer: L.Trainer, number: int) -> None:
+        trainer.save_checkpoint(checkpoint_path(trainer, "last"))
+        if number == signal.SIGUSR1:
+            if trainer.is_global_zero:
+                requeue()
+            number = signal.SIGTERM
+        raise SystemExit(128 + number)
 
     def agree(self, trainer: L.Trainer) -> int:
         """The signal that any process has seen, or 0."""
@@ -274,15 +325,32 @@ class GracefulStop(L.Callback):
         return int(seen)
 
     def restore(self) -> None:
+        """When the run has left what it leaves: until then a late signal must not cut that short."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.restore()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.restore()
+def requeue() -> None:
+    """Have SLURM start this job again, if there is one."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        with contextlib.suppress(OSError):
+            subprocess.run(["scontrol", "requeue", job], check=False)
+
+
+def keep_newest(numbered: Path, keep: int) -> None:
+    """Make last.ckpt the same file as `numbered`, and remove older ones of its kind but the `keep` newest."""
+    last, temporary = numbered.with_name("last.ckpt"), numbered.with_name("last.ckpt.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(numbered)
+    except OSError:  # a disk without links
+        shutil.copyfile(numbered, temporary)
+    temporary.replace(last)
+    sync_folder(last.parent)
+    steps = {int(path.stem[5:]): path for path in numbered.parent.glob("step-*.ckpt") if path.stem[5:].isdecimal()}
+    for step in sorted(step for step in steps if step <= int(numbered.stem[5:]))[:-keep]:
+        steps[step].unlink()
 
 
 def checkpoint_path(trainer: L.Trainer, name: str) -> str:

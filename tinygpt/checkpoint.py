@@ -4,20 +4,26 @@
 becomes one in memory, so that nobody else needs to know the difference.
 
 A checkpoint is Lightning's dictionary with one more entry, `tinygpt`, the card: plain values that say which model, which
-tokenizer and which run it is. Files are always read with `weights_only=True`, and nothing in them names code.
+tokenizer and which run it is. Files are always read with `weights_only=True`, after archive.py has looked through them,
+and nothing in them names code.
 """
 
+import errno
 import os
 import pickle
-import zipfile
+import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
-from tinygpt.config import DataConfig, ModelConfig, TokenizerConfig, UserError
+from tinygpt.archive import Spec, read_outline, refuse_corrupted
+from tinygpt.config import DataConfig, ModelConfig, UserError, from_dict, shorten
 from tinygpt.hub import assemble
+from tinygpt.kinds import describe, fits
 from tinygpt.model import GPT
 from tinygpt.precision import convert
 from tinygpt.pretrained import PREFIX, Pretrained, is_export, open_folder, open_hub
@@ -94,15 +100,16 @@ def as_checkpoint(found: Pretrained) -> dict[str, Any]:
 def crop(checkpoint: dict[str, Any], block_size: int) -> dict[str, Any]:
     """The opened checkpoint with another context: learned positions can only be cut, rotations reach any."""
     card, weights = checkpoint["tinygpt"], dict(checkpoint["state_dict"])
-    shape = replace(ModelConfig(**card["model"]), block_size=block_size)
+    shape = replace(stored(ModelConfig, card["model"], "a model"), block_size=block_size)
     if shape.position == "learned":
-        stored = card["model"]["block_size"]
-        if block_size > stored:
+        known = card["model"]["block_size"]
+        if block_size > known:
             raise UserError(
-                f"model.block_size={block_size} is more than the {stored} positions that the weights have learned",
-                f"model.block_size={stored} or less",
+                f"model.block_size={block_size} is more than the {known} positions that the weights have learned",
+                f"model.block_size={known} or less",
             )
-        weights["model.wpe.weight"] = weights["model.wpe.weight"][:block_size]
+        if (table := weights.get("model.wpe.weight")) is not None:  # else build_model says that it is missing
+            weights["model.wpe.weight"] = table[:block_size]
     return {**checkpoint, "tinygpt": {**card, "model": asdict(shape)}, "state_dict": weights}
 
 
@@ -110,8 +117,10 @@ def rebuild(
     checkpoint: dict[str, Any], device: str | torch.device = "cpu", dtype: str = "fp32"
 ) -> tuple[GPT, Tokenizer | None]:
     """The model, in eval mode, and the tokenizer of an opened checkpoint."""
-    model = build_model(checkpoint).to(device).eval()
-    return model if dtype == "fp32" else convert(model, dtype), stored_tokenizer(checkpoint)
+    model, tokenizer = build_model(checkpoint).to(device).eval(), stored_tokenizer(checkpoint)
+    if tokenizer is not None:
+        check_vocabulary(checkpoint, tokenizer)
+    return model if dtype == "fp32" else convert(model, dtype), tokenizer
 
 
 def stored_tokenizer(checkpoint: dict[str, Any]) -> Tokenizer | None:
@@ -157,23 +166,81 @@ def find(ckpt: str | Path, which: str = "best") -> Path:
     raise UserError(f"the folder {ckpt} holds no checkpoints/best.ckpt", "give a run directory or a .ckpt file")
 
 
-def open_checkpoint(path: Path) -> dict[str, Any]:
-    """The whole dictionary of a checkpoint file, tensors memory-mapped; UserError where it cannot be used."""
+def open_checkpoint(path: Path, whole: bool = False) -> dict[str, Any]:
+    """The whole dictionary of a checkpoint file, tensors memory-mapped; UserError where it cannot be used.
+
+    The weights are compared with their checksums; with `whole` so is all else that a run goes on from.
+    """
+    before = identity(path)
+    outline = read_outline(path, NOT_OURS)
+    refuse_foreign(path, outline.content)
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is not a checkpoint that can be opened safely", NOT_OURS) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+    except (*UNREADABLE, pickle.UnpicklingError) as error:
         raise UserError(f"{path} cannot be read: it is damaged, cut short, or not a checkpoint", NOT_OURS) from error
-    card = checkpoint.get("tinygpt") if isinstance(checkpoint, dict) else None
-    if not isinstance(card, dict):
-        raise UserError(f"{path} was not written by tinygpt", NOT_OURS)
-    if card.get("format") != FORMAT:
-        raise UserError(f"{path} has format {card.get('format')}, and this tinygpt reads {FORMAT}", "upgrade tinygpt")
+    if identity(path) != before:  # a run has saved meanwhile
+        return open_checkpoint(path, whole)
+    card = checkpoint["tinygpt"]
+    card["model"] = asdict(stored(ModelConfig, card["model"], "a model"))  # whole, also where it is an older version's
+    refuse_corrupted(path, named_tensors(checkpoint if whole else checkpoint["state_dict"]), outline.sums, COPY_AGAIN)
     return checkpoint
 
 
 NOT_OURS = "use a checkpoint that `python train.py` wrote, for example outputs/latest/checkpoints/best.ckpt"
+COPY_AGAIN = "copy it again from where it came from, or use another: a run keeps best.ckpt and last.ckpt"
+UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError)
+
+
+def identity(path: Path) -> tuple[int, ...]:
+    """Changes when the file is replaced."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested values, with the keys that lead to it."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from named_tensors(part, f"{name}.{key}" if name else str(key))
+
+
+CARD = {"model": dict, "vocab_size": int, "tokenizer": dict | None, "config": dict, "corpus": dict}
+
+
+def refuse_foreign(path: Path, content: Any) -> None:
+    """UserError unless the outline of a file is that of a checkpoint of ours."""
+    card = content.get("tinygpt") if isinstance(content, dict) else None
+    if not isinstance(card, dict):
+        raise UserError(f"{path} was not written by tinygpt", NOT_OURS)
+    if card.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {shorten(card.get('format'))}, and this tinygpt reads {FORMAT}", "upgrade tinygpt"
+        )
+    for name, kind in CARD.items():
+        if name not in card or not fits(card[name], kind):
+            raise UserError(f"{path} is no checkpoint: its {name} is not {describe(kind)}", NOT_OURS)
+    weights = content.get("state_dict")
+    specs = list(weights.values()) if isinstance(weights, dict) else []
+    if not specs or not all(isinstance(spec, Spec) for spec in specs) or not all(isinstance(name, str) for name in weights):
+        raise UserError(f"{path} is no checkpoint: it holds no weights", NOT_OURS)
+    if len(kinds := {spec.storage for spec in specs}) > 1 or not kinds <= FLOATS:
+        raise UserError(f"{path} is no checkpoint: its weights are of the types {', '.join(sorted(kinds))}", NOT_OURS)
+
+
+FLOATS = {"FloatStorage", "BFloat16Storage", "HalfStorage", "DoubleStorage"}
+
+
+def stored(kind: type, values: Any, what: str) -> Any:
+    """The dataclass that a checkpoint holds as a dictionary. Raises UserError where it does not describe one."""
+    try:
+        return from_dict(kind, {**values})
+    except TypeError as error:
+        raise UserError(f"the checkpoint does not describe {what} of tinygpt's: {first_line(error)}", NOT_OURS) from error
 
 
 def build_model(checkpoint: dict[str, Any]) -> GPT:
@@ -181,7 +248,7 @@ def build_model(checkpoint: dict[str, Any]) -> GPT:
     card, prefix = checkpoint["tinygpt"], "model."
     try:
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        return assemble(ModelConfig(**card["model"]), card["vocab_size"], weights)
+        return assemble(stored(ModelConfig, card["model"], "a model"), card["vocab_size"], weights)
     except (KeyError, TypeError) as error:
         raise UserError(f"the checkpoint does not describe a model of tinygpt's: {error!r}", NOT_OURS) from error
     except RuntimeError as error:
@@ -194,10 +261,10 @@ def first_line(error: Exception) -> str:
 
 def stored_data(card: dict[str, Any]) -> DataConfig:
     """The data settings that a checkpoint's run used. Raises UserError where it knows of none."""
-    if "data" not in card["config"]:
+    if not isinstance(card["config"], dict) or "data" not in card["config"]:
         raise UserError("these weights bring no corpus", "name one: data=shakespeare, or data=text data.path=my.txt")
-    data = dict(card["config"]["data"])
-    return DataConfig(**{**data, "tokenizer": TokenizerConfig(**data["tokenizer"])})
+    data: DataConfig = stored(DataConfig, card["config"]["data"], "data")
+    return data
 
 
 def durable_save(content: Any, path: Path) -> None:
@@ -209,7 +276,7 @@ def durable_save(content: Any, path: Path) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            write(content, file, path)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -217,6 +284,17 @@ def durable_save(content: Any, path: Path) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write(content: Any, file: BinaryIO, path: Path) -> None:
+    """torch.save, with an OSError where the disk refuses: torch's own way is a RuntimeError about positions."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        number = errno.EIO if shutil.disk_usage(path.parent).free > 2**20 else errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def sync_folder(folder: Path) -> None:

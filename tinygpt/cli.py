@@ -23,9 +23,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tinygpt import launch, multirun, sweep
-from tinygpt.config import BUDGETS, UserError, all_keys, from_dict, inner_schema, nearest
+from tinygpt import launch, lock, multirun, sweep
+from tinygpt.config import BUDGETS, UserError, all_keys, from_dict, inner_schema, nearest, shorten
 from tinygpt.help import print_help
+from tinygpt.kinds import describe
+from tinygpt.ranks import give_way, is_first
 from tinygpt.search import EXAMPLE
 from tinygpt.summary import read_summary
 from tinygpt.sweep import remove_empty_above
@@ -52,6 +54,7 @@ def main(verb: str, schema: type, work: Work, conf: Path) -> None:
             return
         refuse_unchosen(argv, schema)
         refuse_flags(argv, HYDRA_FLAGS if verb == "train" else ())
+        refuse_removals(argv, schema)
         register(verb, schema)
         in_sweep = launch.JOB in os.environ  # whose launcher has prepared them
         overrides = argv if in_sweep else [prepare_override(argument) for argument in one_budget(argv)]
@@ -65,6 +68,7 @@ def main(verb: str, schema: type, work: Work, conf: Path) -> None:
             refuse_unswept(argv)
             if not any(argument.startswith("-") for argument in argv):
                 compose(verb, schema, conf, overrides)  # what is wrong is said before there is a run directory
+                refuse_in_use(argv)
             run_hydra(verb, schema, work, conf, overrides)
         else:
             work(compose(verb, schema, conf, overrides), Path.cwd(), overrides)
@@ -78,11 +82,14 @@ def reporting(schema: type, debug: bool) -> Iterator[None]:
     except UserError as error:
         if debug:
             raise
+        if error.code == 2:  # else it is about the other processes
+            give_way()
         complain(error)
-        sys.exit(2)
+        sys.exit(error.code)
     except (HydraException, OmegaConfBaseException) as error:
         if debug:
             raise
+        give_way()
         complain(explain(error, schema))
         sys.exit(2)
     except KeyboardInterrupt:
@@ -122,6 +129,16 @@ def refuse_flags(argv: list[str], known: Sequence[str]) -> None:
             raise UserError(f"there is no option {argument}", "settings are written key=value; --help shows them")
 
 
+def refuse_removals(argv: list[str], schema: type) -> None:
+    """`~callbacks.samples` leaves a node out; a key of ours has a value, always."""
+    for argument in argv:
+        key = argument[1:].partition("=")[0]
+        if argument.startswith("~") and not key.startswith(tuple(f"{name}." for name in OPEN_GROUPS)):
+            if key not in all_keys(schema):
+                raise unknown_key(key, schema)
+            raise UserError(f"{argument}: {key} cannot be taken away", f"give it another value: {key}=...")
+
+
 def refuse_unchosen(argv: list[str], schema: type) -> None:
     """A group that is null unless chosen has no keys before it is."""
     for item in dataclasses.fields(schema):
@@ -138,9 +155,12 @@ def check_resume(argv: list[str]) -> None:
         raise UserError("resume=auto needs a fixed run directory", "name it: hydra.run.dir=outputs/NAME")
 
 
-def is_first_process() -> bool:
-    """Of the several that a run may have."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
+def refuse_in_use(argv: list[str]) -> None:
+    """A run directory that another process trains in stays as it is."""
+    if is_first():
+        for argument in argv:
+            if argument.startswith("hydra.run.dir="):
+                lock.refuse_in_use(Path(argument.partition("=")[2].strip("'\"")))
 
 
 def prepare_override(argument: str) -> str:
@@ -164,8 +184,10 @@ def compose(verb: str, schema: type, conf: Path, overrides: list[str]) -> Any:
     with hydra.initialize_config_dir(config_dir=str(conf.resolve()), version_base="1.3"):
         try:
             composed = hydra.compose(config_name=verb, overrides=overrides)
-        except ValueError as error:  # what Hydra has no exception of its own for: model=3
-            raise UserError(" ".join(str(error).split()), "see --help for the groups and their choices") from error
+        except (ValueError, TypeError, AttributeError) as error:  # what Hydra has no exception of its own for: model=3
+            odd = [said for said in overrides if (conf / said.partition("=")[0]).is_dir()]
+            message = f"{' '.join(odd)}: {' '.join(str(error).split())}"
+            raise UserError(message, "see --help for the groups and their choices") from error
         return to_schema(composed, schema)
 
 
@@ -174,7 +196,16 @@ def to_schema(config: DictConfig, schema: type) -> Any:
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     refuse_unknown(plain, schema, "")
+    refuse_trusting(plain, sys.argv)
     return from_dict(schema, {str(key): value for key, value in plain.items()})
+
+
+def refuse_trusting(values: dict[Any, Any], argv: Sequence[str]) -> None:
+    """Whom to trust is said by the user, not by a recipe that came from elsewhere."""
+    if values.get("allow_targets") and not any(argument.startswith("allow_targets=") for argument in argv):
+        raise UserError(
+            f"allow_targets={values['allow_targets']} is in a file of the config", "it counts on the command line alone"
+        )
 
 
 def refuse_unknown(values: dict[Any, Any], schema: type, prefix: str) -> None:
@@ -187,8 +218,9 @@ def refuse_unknown(values: dict[Any, Any], schema: type, prefix: str) -> None:
 
 
 def for_other_processes(argv: list[str]) -> list[str]:
-    """Of the processes that torchrun starts only the first has a run directory: theirs would carry other times."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":
+    """Of several processes only the first has a run directory: theirs would carry other times. Lightning tells those that
+    it starts where it is."""
+    if is_first() or "hydra.output_subdir=null" in argv:
         return []
     elsewhere = [] if any(argument.startswith("hydra.run.dir=") for argument in argv) else ["hydra.run.dir=."]
     return [*elsewhere, "hydra.output_subdir=null", f"hydra.job_logging.handlers.file.filename={os.devnull}"]
@@ -197,6 +229,7 @@ def for_other_processes(argv: list[str]) -> list[str]:
 def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[str]) -> None:
     """Hydra's own main: it makes the run directory and writes .hydra/ and train.log."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `reporting` as they are
+    logging.raiseExceptions = False  # a train.log that cannot be written is no reason to print tracebacks
     given, errors, single = sys.argv, list[Exception](), launch.JOB not in os.environ
 
     def job(config: DictConfig) -> float | None:
@@ -225,7 +258,7 @@ def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[s
 @contextlib.contextmanager
 def run_directory(run_dir: Path, keep: bool, say: bool) -> Iterator[None]:
     """The folder of a run: an interrupted one says how to go on, one that has left nothing of its own goes again."""
-    first = is_first_process()
+    first = is_first()
     try:
         yield
     except SystemExit:
@@ -310,7 +343,7 @@ def failed(error: Exception, schema: type, run_dir: Path, overrides: list[str]) 
     """The error of a sweep's job, written down in its folder, in the user's words and with the job's number."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         error = explain(error, schema)
-    if is_first_process():
+    if is_first():
         reason = " ".join(str(error).split()) or type(error).__name__
         sweep.fail(run_dir, overrides, reason, exit_code=2 if isinstance(error, UserError) else 1)
     return UserError(f"job {run_dir.name}: {error}", error.hint) if isinstance(error, UserError) else error
@@ -328,7 +361,7 @@ def explain(error: Exception, schema: type) -> UserError:
     if found := re.search(r"Could not override '([^']+)'", text):
         return unknown_key(found[1], schema)
     if found := re.search(r"full_key: (\S+)", text):
-        return wrong_value(found[1], text)
+        return wrong_value(found[1], text, schema)
     return UserError(" ".join(text.splitlines()[:2]), "see --help for the keys and their values")
 
 
@@ -346,16 +379,32 @@ def unknown_choice(path: str, text: str) -> UserError:
     return UserError(f"there is no {group}={name}", nearest(name, choices, f"{group}="))
 
 
-def wrong_value(key: str, text: str) -> UserError:
-    hint = "see --help for its meaning and type"
-    if "is not Optional" in text or "Incompatible value 'None'" in text:
-        return UserError(f"{key} cannot be null", hint)
+def wrong_value(key: str, text: str, schema: type) -> UserError:
+    """What a key was given and what it takes; where it was given it in a file, what OmegaConf says."""
+    key = key.partition("[")[0]
+    given = [value for name, _, value in (argument.partition("=") for argument in sys.argv[1:]) if name.lstrip("+") == key]
+    kind = kind_of(key, schema)
+    hint = "see --help for its meaning"
+    if given and kind is not None:
+        return UserError(f"{key}={shorten(given[-1])} is not {describe(kind)}", hint)
     reason = re.search(r"^(?:Value|Cannot|Incompatible|Invalid|Non optional).*", text, flags=re.MULTILINE)
     return UserError(f"{key}: {reason[0] if reason else text.splitlines()[0]}", hint)
 
 
+def kind_of(key: str, schema: type) -> Any:
+    """The annotation of a dotted key; None where there is no such key."""
+    head, _, rest = key.partition(".")
+    for item in dataclasses.fields(schema):
+        if item.name == head:
+            inner = inner_schema(item)
+            return item.type if not rest else kind_of(rest, inner) if inner else None
+    return None
+
+
 def unknown_key(key: str, schema: type) -> UserError:
     """With the nearest key of the schema as the hint; where none is near, those of the group that it would be in."""
+    if key.split(".")[0] == "hydra":
+        return UserError(f"there is no key {key}", "of Hydra's own keys, hydra.run.dir and hydra.sweep.dir are used most")
     known = all_keys(schema)
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     group = key.rpartition(".")[0]

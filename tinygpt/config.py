@@ -7,16 +7,21 @@ they stay plain dictionaries.
 
 import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from tinygpt.kinds import describe, fits
 
 BUDGETS = ("max_steps", "max_tokens", "max_epochs")
 
 
 class UserError(ValueError):
     """Something that the user can put right: the scripts print `error: MESSAGE`, then the hint, and exit with 2."""
+
+    code = 2
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -49,30 +54,41 @@ _TESTS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 
 
 def check(config: Any, prefix: str) -> None:
-    """Raise UserError where a field of `config` (a dataclass instance) is outside the limits that it declares."""
+    """Raise UserError where a field of `config` (a dataclass instance) is not of its type, or outside the limits that it
+    declares."""
     for item in dataclasses.fields(config):
-        value, limits = getattr(config, item.name), item.metadata
-        if value is None:
-            continue
-        name = f"{prefix}{item.name}"
-        if "choices" in limits and value not in limits["choices"]:
+        value, limits, name = getattr(config, item.name), item.metadata, f"{prefix}{item.name}"
+        if not fits(value, item.type):
+            raise UserError(f"{name}={shorten(value)} is not {describe(item.type)}", "see --help for its meaning")
+        if "choices" in limits and value not in (*limits["choices"], None):
             raise UserError(f"{name}={value} is not known", f"choose one of: {', '.join(limits['choices'])}")
-        for key, (words, holds) in _TESTS.items():
-            if key in limits and not holds(value, limits[key]):
-                raise UserError(f"{name}={value} is out of range", f"{name} must be {words} {limits[key]}")
+        if isinstance(value, int | float) and not _in_range(value, limits):
+            words = [f"{_TESTS[key][0]} {limits[key]}" for key in _TESTS if key in limits] or ["a finite number"]
+            raise UserError(f"{name}={value} is out of range", f"{name} must be {' and '.join(words)}")
+
+
+def _in_range(value: float, limits: Mapping[str, Any]) -> bool:
+    finite = isinstance(value, int) or math.isfinite(value)
+    return finite and all(holds(value, limits[key]) for key, (_, holds) in _TESTS.items() if key in limits)
+
+
+def shorten(value: Any) -> str:
+    """A value that came from outside, fit for one line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 @dataclass
 class ModelConfig:
     """The shape of a decoder-only transformer. The vocabulary is not in it: that comes from the tokenizer."""
 
-    n_layer: int = option(4, "number of transformer blocks", ge=1)
-    n_head: int = option(4, "attention heads in each block", ge=1)
-    n_embd: int = option(128, "width of the residual stream", ge=1)
-    block_size: int = option(64, "longest context, in tokens", ge=1)
-    n_kv_head: int | None = option(None, "key/value heads (grouped-query attention); null: n_head", ge=1)
+    n_layer: int = option(4, "number of transformer blocks", ge=1, le=1000)
+    n_head: int = option(4, "attention heads in each block", ge=1, le=2**16)
+    n_embd: int = option(128, "width of the residual stream", ge=1, le=2**20)
+    block_size: int = option(64, "longest context, in tokens", ge=1, le=2**24)
+    n_kv_head: int | None = option(None, "key/value heads (grouped-query attention); null: n_head", ge=1, le=2**16)
     n_inner: int | None = option(
-        None, "width inside the MLP; null: 4 n_embd, for swiglu 8/3 n_embd up to a multiple of 32", ge=1
+        None, "width inside the MLP; null: 4 n_embd, for swiglu 8/3 n_embd up to a multiple of 32", ge=1, le=2**22
     )
     norm: str = option("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
     norm_eps: float = option(1e-5, "added to the variance in every norm", gt=0)
@@ -121,7 +137,7 @@ class TokenizerConfig:
     """How text becomes tokens."""
 
     kind: str = option("char", "the tokenizer", choices=("char", "byte", "word", "gpt2", "bpe"))
-    vocab_size: int = option(1024, "bpe: number of tokens to learn, the 256 bytes included", ge=256)
+    vocab_size: int = option(1024, "bpe: number of tokens to learn, the 256 bytes included", ge=256, le=2**24)
     min_frequency: int = option(2, "word: rarer words become <unk>", ge=1)
     specials: list[str] = option([], "word: entries of the vocabulary beside <unk> that no text has, such as <pad>")
 
@@ -135,7 +151,7 @@ class TokenizerConfig:
                 )
 
 
-CORPORA = ("pydocs", "shakespeare", "books", "imdb", "text", "hf")
+CORPORA = ("pydocs", "shakespeare", "books", "imdb", "text", "hf", "synthetic")
 OF_DOCUMENTS = ("imdb", "hf")  # the corpora that know where each of their documents begins
 
 
@@ -153,6 +169,10 @@ class DataConfig:
     revision: str | None = option(None, "hf: a branch, tag or commit of the data set; null: its newest")
     hf_split: str = option("train", "hf: which of the data set's own splits is read")
     column: str = option("text", "hf: the column that holds the text")
+    synthetic_symbols: int = option(8, "synthetic: letters of the source", ge=2, le=27)
+    synthetic_order: int = option(2, "synthetic: how many letters the next one depends on", ge=1, le=3)
+    synthetic_length: int = option(1_000_000, "synthetic: letters of the text", ge=100)
+    synthetic_seed: int = option(0, "synthetic: which source", ge=0, lt=2**63)
     max_documents: int | None = option(None, "hf: read the first so many documents; null: all", ge=1)
     tokenizer: TokenizerConfig = group(TokenizerConfig, "how text becomes tokens")
     clean: bool = option(False, "imdb: lower case; tags and every character but a-z and white space deleted")
@@ -170,9 +190,11 @@ class DataConfig:
         "the beginning of one document, padded",
         choices=("stream", "packed", "padded"),
     )
-    global_batch_size: int = option(12, "sequences per optimizer step, over all devices", ge=1)
-    micro_batch_size: int | None = option(None, "sequences per forward pass on one device; null: found for you", ge=1)
-    num_workers: int = option(0, "processes that load batches; 0: the training process itself", ge=0)
+    global_batch_size: int = option(12, "sequences per optimizer step, over all devices", ge=1, le=2**24)
+    micro_batch_size: int | None = option(
+        None, "sequences per forward pass on one device; null: found for you", ge=1, le=2**24
+    )
+    num_workers: int = option(0, "processes that load batches; 0: the training process itself", ge=0, le=1024)
 
     def __post_init__(self) -> None:
         check(self, "data.")
@@ -268,6 +290,10 @@ class TrainConfig:
     logger: dict[str, Any] = option({}, "Lightning loggers, by name")
     callbacks: dict[str, Any] = option({}, "Lightning callbacks, by name")
     sweep: SweepConfig = group(SweepConfig, "several runs with -m: every combination, or a search")
+    allow_targets: list[str] = option(
+        [],
+        "packages beside lightning, tinygpt, torch, torchmetrics that a _target_ may name; on the command line only",
+    )
     seed: int = option(1337, "decides initial weights, batches and dropout", ge=0, lt=2**63)
     matmul_precision: str = option(
         "high",
@@ -277,8 +303,14 @@ class TrainConfig:
     compile: bool = option(False, "compile the model with torch.compile (pays on long runs)")
     resume: str | None = option(None, "auto, or a checkpoint or run directory to continue from")
     init_from: str | None = option(None, "weights (with shape and tokenizer) to start from: whatever ckpt= may be")
+    skip_nonfinite: int = option(
+        0, "so many steps whose loss or gradient is not finite are skipped; one more, and the run stops", ge=0
+    )
     stop_at_loss: float | None = option(None, "end when the training or validation loss reaches this", gt=0)
     dry_run: bool = option(False, "print the forecast and stop")
+    verify_resume: bool = option(
+        False, "train twice, kill the second run at a step by chance, resume it, and compare: the proof that it is the same"
+    )
     data_dir: str | None = option(None, "where corpora live; null: $TINYGPT_DATA_DIR, else data/")
     cache_dir: str | None = option(None, "where tokens are kept; null: $TINYGPT_CACHE_DIR, else data/cache")
     debug: bool = option(False, "show the traceback of an error")
@@ -295,9 +327,14 @@ class TrainConfig:
                 f"the run needs exactly one budget, and has {' and '.join(given) or 'none'}",
                 "set one of trainer.max_steps, trainer.max_tokens, trainer.max_epochs",
             )
-        value = self.trainer[given[0]]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"trainer.{given[0]}={value} is out of range", "it must be a number above 0")
+        refuse_budget(given[0], self.trainer[given[0]])
+
+
+def refuse_budget(name: str, value: Any) -> None:
+    """UserError for a budget that no run could have; only epochs may be parts of a whole."""
+    if not fits(value, float) or not 0 < value <= 2**53 or (name != "max_epochs" and value != int(value)):
+        kind = "number" if name == "max_epochs" else "whole number"
+        raise UserError(f"trainer.{name}={shorten(value)} is out of range", f"it must be a {kind} above 0 and at most 2^53")
 
 
 def without_null(nodes: dict[str, Any]) -> dict[str, Any]:
@@ -337,13 +374,13 @@ class SampleConfig:
 
     ckpt: str = option("latest", CKPT)
     prompt: str = option("\n", "the text to continue; @FILE reads a file, - standard input")
-    num_samples: int = option(1, "how many continuations", ge=1)
+    num_samples: int = option(1, "how many continuations", ge=1, le=2**16)
     max_new_tokens: int = option(256, "how many tokens each", ge=1)
-    temperature: float = option(0.8, "0: always the likeliest token; above 1: wilder", ge=0)
+    temperature: float = option(0.8, "0: always the likeliest token; above 1: wilder", ge=0, le=10**6)
     top_k: int | None = option(None, "draw from the k likeliest tokens only", ge=1)
     top_p: float | None = option(None, "draw from the likeliest tokens that together reach probability p", gt=0, le=1)
     min_p: float | None = option(None, "drop tokens less likely than min_p times the likeliest", ge=0, le=1)
-    repetition_penalty: float = option(1.0, "above 1: tokens already seen become less likely", gt=0)
+    repetition_penalty: float = option(1.0, "above 1: tokens already seen become less likely", gt=0, le=10**6)
     stop: list[str] = option([], r"end a sample before any of these strings; \n, \t and \\ are decoded")
     seed: int | None = option(None, "the same seed draws the same text; null: a new one each time", ge=0, lt=2**63)
     interactive: bool = option(False, "a >> prompt that streams; quit or Ctrl-D ends it")
@@ -367,7 +404,7 @@ class EvaluateConfig:
         choices=("windows", "openings"),
     )
     data: DataConfig | None = option(None, "another text (data=text data.path=...); null: the checkpoint's own corpus")
-    batch_size: int = option(32, "windows per forward pass", ge=1)
+    batch_size: int = option(32, "windows per forward pass", ge=1, le=2**16)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("fp32", DTYPE_HELP, choices=DTYPES)
     data_dir: str | None = option(None, "where corpora live; null: $TINYGPT_DATA_DIR, else data/")
@@ -390,7 +427,7 @@ class ServeConfig:
     cors: list[str] = option([], "origins whose web pages may call the API, such as https://example.org")
     playground: bool = option(True, "the web page at /")
     browser: bool = option(False, "open that page in a web browser, where there is a screen")
-    max_batch: int = option(32, "texts written at once by each model; more wait", ge=1)
+    max_batch: int = option(32, "texts written at once by each model; more wait", ge=1, le=2**16)
     max_waiting: int = option(256, "texts that may wait for each model; more are refused with 429", ge=1)
     max_prompt_tokens: int = option(16384, "tokens of one prompt; the model reads the last block_size", ge=1)
     max_new_tokens: int = option(4096, "new tokens of one text", ge=1)

@@ -23,6 +23,7 @@ from tinygpt import imdb
 from tinygpt.config import DataConfig, UserError
 from tinygpt.files import Download, obtain, open_packed, reading
 from tinygpt.streams import Stream
+from tinygpt.synthetic import Source
 
 CHUNK_SIZE = 2**20
 """Bytes of a file (characters of a text in memory) that are read at a time."""
@@ -191,6 +192,12 @@ def _hf(config: DataConfig, data_dir: Path) -> Corpus:  # noqa: ARG001 (it is re
     )
 
 
+def _synthetic(config: DataConfig, data_dir: Path) -> Corpus:  # noqa: ARG001 (it is made here)
+    source, length = Source.of(config), config.synthetic_length
+    fingerprint = f"{source.symbols} {source.order} {config.synthetic_seed} {length}"
+    return Corpus("synthetic", fingerprint, lambda: source.text(length))
+
+
 _CORPORA: dict[str, Callable[[DataConfig, Path], Corpus]] = {
     "pydocs": _pydocs,
     "shakespeare": _shakespeare,
@@ -198,6 +205,7 @@ _CORPORA: dict[str, Callable[[DataConfig, Path], Corpus]] = {
     "imdb": _imdb,
     "text": _text,
     "hf": _hf,
+    "synthetic": _synthetic,
 }
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from tinygpt.batches import IGNORED, Batch, BatchOrder, Integers, TokenSource, mix, permute
+from tinygpt.batches import IGNORED, Batch, BatchOrder, Integers, TokenSource, listed, mix, permute
 
 POOL = 16  # batches among which documents are sorted by length
 
@@ -75,6 +75,9 @@ class PaddedOrder:
         rows = self.rows(step)
         targets = max(1, int(self.lengths[rows].sum()))
         return Batch(torch.from_numpy(openings(tokens, self.lengths, rows[share])), targets=targets)
+
+    def name(self, step: int) -> str:
+        return f"the documents {listed(self.rows(step))}"
 
     def rows(self, step: int) -> Integers:
         """The documents of step `step`, the shortest first."""

@@ -67,10 +67,12 @@ def make_forecast(
     validation_windows: int,
     device: torch.device,
     precision: str,
+    shards: int = 1,
 ) -> Forecast:
-    """Measure this device and extrapolate. share: sequences per step on one device. Leaves the random state alone."""
+    """Measure this device and extrapolate. share: sequences per step on one device; shards: devices that the weights are
+    divided over, whose exchange is not measured. Leaves the random state alone."""
     shape = outline(config, vocab_size)
-    random_state, probe = torch.get_rng_state(), Probe(shape, optimizer, device, precision)
+    random_state, probe = torch.get_rng_state(), Probe(shape, optimizer, device, precision, shards)
     micro = micro_batch_size or probe.largest_micro_batch(share)
     micro = min(share, micro)
     step = probe.step_seconds(share, micro)
@@ -94,10 +96,12 @@ def make_forecast(
 class Probe:
     """Throw-away models of one shape on one device, and what they were measured to take."""
 
-    def __init__(self, shape: GPT, optimizer: OptimizerConfig, device: torch.device, precision: str) -> None:
-        """shape: the model on the meta device."""
+    def __init__(
+        self, shape: GPT, optimizer: OptimizerConfig, device: torch.device, precision: str, shards: int = 1
+    ) -> None:
+        """shape: the model on the meta device. Where it is divided over several, no probe makes the whole of it."""
         self.config, self.vocab_size, self.optimizer = shape.config, shape.vocab_size, optimizer
-        self.device, self.context = device, autocast(device, precision)
+        self.device, self.context, self.shards = device, autocast(device, precision), shards
         self.flops = flops_per_token(shape) * shape.config.block_size  # of one sequence
         self.held = resident_bytes() if device.type == "cpu" else 0  # before the probes add to it
         self.weights = sum(p.numel() * p.element_size() for p in shape.parameters())
@@ -115,6 +119,11 @@ class Probe:
         if self.device.type != "cuda":
             return max(1, min(share, MICRO_TOKENS // T, MICRO_LOGITS // (T * self.vocab_size)))
         micro = share
+        if self.shards > 1:
+            room = 0.9 * torch.cuda.get_device_properties(self.device).total_memory
+            while micro > 1 and self.memory(micro) > room:
+                micro = -(-micro // 2)
+            return micro
         while micro > 1:
             try:
                 self.run_step(self.model(), None, self.tokens(micro), micro)
@@ -127,10 +136,13 @@ class Probe:
     def step_seconds(self, share: int, micro: int) -> float:
         """Seconds of one optimizer step. A step too large to try is measured with one sequence and with one and two
         layers, and extended along both: time is a line in each."""
-        if self.device.type != "cpu" or self.flops * share <= PROBE_FLOPS:
+        if self.shards == 1 and (self.device.type != "cpu" or self.flops * share <= PROBE_FLOPS):
             return self.measured_step(self.model(), share, micro)
-        one, two = (self.measured_step(self.model(n), 1, 1) for n in (1, 2))
-        return share * (one + (two - one) * (self.config.n_layer - 1))
+        rows = micro if self.device.type == "cuda" else 1
+        one, two = (self.measured_step(self.model(n), rows, rows) for n in (1, 2))
+        flops = [flops_per_token(self.model(n)) for n in (1, 2)]
+        least = one * (flops[1] / flops[0] - 1) / 2  # what a program beside us takes may hide the second layer
+        return share / rows * (one + max(two - one, least) * (self.config.n_layer - 1))
 
     def measured_step(self, model: GPT, rows: int, micro: int) -> float:
         batch, updater = self.tokens(rows), make_optimizer(model, self.optimizer)
@@ -151,7 +163,7 @@ class Probe:
         """Seconds to validate one window: measured, or where that is too large to try a third of what it takes to train
         on one, which is `trained`."""
         rows = validation_rows(self.config.block_size, self.vocab_size, self.device.type)
-        if self.device.type == "cpu" and self.flops * rows / 3 > PROBE_FLOPS:
+        if self.shards > 1 or (self.device.type == "cpu" and self.flops * rows / 3 > PROBE_FLOPS):
             return trained / 3
         model, batch = self.model(), self.tokens(rows)
 
@@ -165,12 +177,13 @@ class Probe:
         return timed(work, self.device, budget=0.1) / rows
 
     def memory(self, micro: int) -> int:
-        """Bytes at the peak of a step: weights, gradients, two moments, what the backward pass keeps, the logits twice,
-        and on a CPU what this process holds already."""
+        """Bytes at the peak of a step: weights, gradients, two moments (this device's part of them, and one block whole),
+        what the backward pass keeps, the logits twice, and on a CPU what this process holds already."""
         one, two = (self.saved_bytes(self.model(n)) for n in (1, 2))
         saved = one + (two - one) * (self.config.n_layer - 1)
         logits = micro * self.config.block_size * self.vocab_size * 4
-        return self.held + 4 * self.weights + micro * saved + 2 * logits
+        gathered = 0 if self.shards == 1 else self.weights // self.config.n_layer
+        return self.held + 4 * self.weights // self.shards + gathered + micro * saved + 2 * logits
 
     def saved_bytes(self, model: GPT) -> int:
         """Bytes that autograd keeps of one sequence's forward pass."""

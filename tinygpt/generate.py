@@ -23,6 +23,7 @@ from tinygpt.model import GPT
 from tinygpt.precision import convert
 from tinygpt.tokenizer import END_OF_TEXT, Detokenizer, Tokenizer
 
+_LARGE = 1e30  # far from any logit, and from what a temperature would take beyond all numbers
 GREEDY_BELOW = 1e-5  # a temperature below this is 0: dividing by it would overflow
 
 
@@ -52,7 +53,8 @@ def options(config: SampleConfig) -> dict[str, Any]:
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Logits (B, V), those of the tokens in `seen` (B, V, bool) made smaller (CTRL, arXiv:1909.05858)."""
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    penalised = torch.where(logits < 0, logits * penalty, logits / penalty).clamp(-_LARGE, _LARGE)
+    return torch.where(seen, penalised, logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

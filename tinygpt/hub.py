@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinygpt.config import ModelConfig, UserError
+from tinygpt.config import ModelConfig, UserError, shorten
 from tinygpt.model import GPT, inner_width, outline
 
 HubConfig = Mapping[str, Any]
@@ -46,8 +46,7 @@ _LLAMA: Sources = {
 _CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 _SHOWN = 4  # names in an error message
 _LARGEST = 2**31 - 1  # of any size in a config
-_MANY_LAYERS = 1000  # so many are built, to say by name what is missing
-_LARGEST_TABLE = 2**32  # bytes of the rotations, which no weights vouch for
+_FREE_TABLE = 2**26  # bytes of rotations, up to which nobody asks how large the weights are
 
 
 # In
@@ -63,7 +62,7 @@ def read_layout(config: HubConfig, tensors: Tensors) -> tuple[ModelConfig, int, 
     readers = {"gpt2": _read_gpt2, "llama": _read_llama}
     kind = config.get("model_type")
     if kind not in readers:
-        said = f"model_type={_short(kind)}" if kind is not None else "no model_type"
+        said = f"model_type={shorten(kind)}" if kind is not None else "no model_type"
         raise UserError(f"the model's config.json says {said}", f"tinygpt reads these layouts: {', '.join(readers)}")
     return readers[kind](config, tensors)
 
@@ -113,8 +112,6 @@ def llama_config(config: HubConfig) -> ModelConfig:
     )
     if config.get("head_dim") not in (None, shape.head_dim):
         raise _unsupported("head_dim", config["head_dim"], f"hidden_size / num_attention_heads, {shape.head_dim}")
-    if shape.block_size * shape.head_dim * 4 > _LARGEST_TABLE:
-        raise _unsupported("max_position_embeddings", shape.block_size, f"up to {_LARGEST_TABLE // 4 // shape.head_dim}")
     return shape
 
 
@@ -134,8 +131,11 @@ def from_llama(config: HubConfig, tensors: Tensors) -> GPT:
 def assemble(config: ModelConfig, vocab_size: int, weights: Tensors) -> GPT:
     """A GPT whose parameters are the given tensors: nothing is initialised or copied.
 
-    Raises RuntimeError where they do not fit.
+    Raises RuntimeError where they do not fit, and before any memory is asked for that they do not vouch for.
     """
+    refuse_giant_table(config, weights)
+    if config.n_layer > len(weights):
+        raise RuntimeError(f"{len(weights)} tensors are not {config.n_layer} layers")
     model = outline(config, vocab_size)
     if config.tie_embeddings:
         weights = {**weights, "lm_head.weight": weights["wte.weight"]}
@@ -143,6 +143,14 @@ def assemble(config: ModelConfig, vocab_size: int, weights: Tensors) -> GPT:
     if config.tie_embeddings:
         model.lm_head.weight = model.wte.weight
     return model
+
+
+def refuse_giant_table(config: ModelConfig, weights: Tensors) -> None:
+    """RuntimeError where the rotations, which are in no file, take far more memory than the weights."""
+    given = sum(tensor.nbytes for tensor in weights.values())
+    table = config.block_size * config.head_dim * 4
+    if config.position == "rope" and table > max(_FREE_TABLE, 4 * given):
+        raise RuntimeError(f"block_size={config.block_size} asks for {table:,} bytes beside {given:,} of weights")
 
 
 def _read_gpt2(config: HubConfig, tensors: Tensors) -> tuple[ModelConfig, int, dict[str, Tensor]]:
@@ -175,12 +183,11 @@ def llama_sources(name: str) -> tuple[str, ...]:
 
 def _on_meta(config: ModelConfig, vocab_size: int, stored: Tensors) -> GPT:
     """The model without memory, to compare with what is stored."""
-    if config.n_layer > max(len(stored), _MANY_LAYERS):
-        raise UserError(f"the model's config.json says {config.n_layer} layers, and there are {len(stored)} tensors", _SAME)
     try:
+        refuse_giant_table(config, stored)
         return outline(config, vocab_size)
-    except RuntimeError as error:  # sizes whose product is no number of bytes
-        raise UserError("the model's config.json asks for more memory than any machine has", _SAME) from error
+    except RuntimeError as error:  # or sizes whose product is no number of bytes
+        raise UserError(f"the model's config.json cannot be meant: {shorten(error)}", _SAME) from error
 
 
 def _row_counts(config: ModelConfig, parts: int, rows: int) -> list[int]:
@@ -227,13 +234,7 @@ _SAME = "the weights and config.json must come from the same model"
 def _report(problem: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        raise UserError(f"tensors {problem}: {', '.join(_short(name) for name in names[:_SHOWN])}{more}", _SAME)
-
-
-def _short(value: Any) -> str:
-    """A value from a file, fit for one line."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 120 else text[:117] + "..."
+        raise UserError(f"tensors {problem}: {', '.join(shorten(name) for name in names[:_SHOWN])}{more}", _SAME)
 
 
 def _need(config: HubConfig, name: str) -> Any:
@@ -275,7 +276,7 @@ def _refuse_others(config: HubConfig, fixed: Mapping[str, Any]) -> None:
 
 def _unsupported(name: str, value: Any, only: Any, exactly: bool = True) -> UserError:
     supported = f"{name}={only} only" if exactly else only
-    return UserError(f"the model's config.json says {name}={_short(value)}", f"tinygpt supports {supported}")
+    return UserError(f"the model's config.json says {name}={shorten(value)}", f"tinygpt supports {supported}")
 
 
 def _gelu(name: str) -> str:

@@ -7,6 +7,7 @@ optimizer; the callbacks read `last_step`.
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from tinygpt.batches import Batch
-from tinygpt.config import OptimizerConfig
+from tinygpt.config import OptimizerConfig, UserError
 from tinygpt.evaluate import TextMetrics, hidden_states, predict
+from tinygpt.finite import FiniteSteps, NotFinite, finite
 from tinygpt.loss import next_token_loss
 from tinygpt.model import GPT
 from tinygpt.optim import learning_rate, make_optimizer
+from tinygpt.sharding import shard
 
 
 class LitGPT(L.LightningModule):
@@ -41,6 +44,7 @@ class LitGPT(L.LightningModule):
         card: dict[str, Any],
         byte_lengths: np.ndarray[Any, Any] | None,
         compile: bool = False,
+        skip_nonfinite: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -49,9 +53,14 @@ class LitGPT(L.LightningModule):
         # Functions are compiled, not the model: a wrapper would rename its weights, and its other callers pass a cache.
         self.read = torch.compile(partial(hidden_states, model)) if compile else partial(hidden_states, model)
         self.metrics = TextMetrics(byte_lengths)
+        self.finite_steps = FiniteSteps(skip_nonfinite)
         self.last_step: dict[str, Tensor] = {}
-        self.last_lr = 0.0
+        self.last_lr, self.reduced = 0.0, False
         self.val_metrics: dict[str, float | int | None] = {}
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # of tinygpt.sharding's strategy
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.optimizer_config)
@@ -65,15 +74,46 @@ class LitGPT(L.LightningModule):
             group["lr"] = self.last_lr * group.get("lr_ratio", 1.0)
         loss = self.accumulate(batch)
         grad_norm = self.clip()
+        if self.refuses(loss, grad_norm):
+            optimizer.zero_grad()  # a step without gradients moves nothing, and counts
         optimizer.step()
         optimizer.zero_grad()
-        self.last_step = {"train/loss": loss, "grad_norm": grad_norm}
+        self.last_step, self.reduced = {"train/loss": loss, "grad_norm": grad_norm}, False
 
     def step_loss(self) -> float:
         """The loss of the last step over its global batch, which `last_step` then holds. To be asked for on every rank."""
-        reduced = self.trainer.strategy.reduce(self.last_step["train/loss"].clone(), reduce_op="mean")
-        self.last_step["train/loss"] = reduced
-        return float(reduced)
+        self.look()
+        if not self.reduced:
+            reduced = self.trainer.strategy.reduce(self.last_step["train/loss"].clone(), reduce_op="mean")
+            self.last_step["train/loss"], self.reduced = reduced, True
+        return float(self.last_step["train/loss"])
+
+    def refuses(self, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the optimizer must not take this step; UserError where it can neither be taken nor skipped."""
+        if getattr(self.trainer.precision_plugin, "scaler", None):  # 16-mixed: it skips such steps, and expects some
+            return False
+        value = grad_norm if self.trainer.world_size > 1 else grad_norm + loss  # the gradient is the same on every rank
+        try:
+            return self.finite_steps.refuses(self.global_step, value)
+        except NotFinite as error:
+            raise self.explained(error) from None
+
+    def look(self) -> None:
+        """Raises UserError where a step that has been taken was not finite."""
+        try:
+            self.finite_steps.look()
+        except NotFinite as error:
+            raise self.explained(error) from None
+
+    def explained(self, error: NotFinite) -> UserError:
+        """With what there is to look at, and to do."""
+        last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        batch = self.trainer.datamodule.order.name(error.step)  # type: ignore[attr-defined]
+        return UserError(
+            f"{error}; it held {batch}",
+            f"a smaller optimizer.lr, or skip_nonfinite=10 to leave out so many such steps; "
+            f"the last good checkpoint: {last if last.exists() else 'none yet'}",
+        )
 
     def reseed(self) -> None:
         """Dropout depends on (seed, step, rank) alone, so no random state travels in a checkpoint."""
@@ -113,7 +153,8 @@ class LitGPT(L.LightningModule):
             scaler.unscale_(self.trainer.optimizers[0])
         parameters = list(self.model.parameters())
         bound = self.optimizer_config.grad_clip
-        return torch.nn.utils.clip_grad_norm_(parameters, bound if bound > 0 else float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, bound if bound > 0 else float("inf"))
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of the whole, where each device has a part
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.metrics.update(*predict(self.model, batch))
@@ -125,7 +166,19 @@ class LitGPT(L.LightningModule):
         self.log_dict(known, logger=False, sync_dist=False, rank_zero_only=False)  # for callbacks that monitor
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError rather than let weights be saved that are not finite."""
+        self.look()
+        if not finite(self.model):
+            raise self.explained(NotFinite(self.global_step - 1))
         checkpoint["tinygpt"], checkpoint["val_metrics"] = self.card, self.val_metrics
+        checkpoint["skipped_steps"] = self.finite_steps.skipped
+        if self.last_step:  # for the line in metrics.csv, where the run stops between a step and its validation
+            step = {"train/loss": self.step_loss(), "grad_norm": float(self.last_step["grad_norm"])}
+            checkpoint["last_step"] = {**step, "lr": self.last_lr}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.val_metrics = checkpoint["val_metrics"]
+        self.finite_steps.skipped = checkpoint.get("skipped_steps", 0)
+        if last := checkpoint.get("last_step"):
+            self.last_lr, self.reduced = last["lr"], True
+            self.last_step = {name: torch.tensor(last[name]) for name in ("train/loss", "grad_norm")}

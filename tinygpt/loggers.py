@@ -3,7 +3,11 @@
 Any logger of Lightning's works through its `_target_`; each gets the run directory as its save_dir.
 """
 
+import contextlib
 import csv
+import errno
+import io
+import logging
 import netrc
 import os
 import sys
@@ -17,6 +21,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from tinygpt.config import UserError
 from tinygpt.summary import read_metrics
 from tinygpt.sweep import sweep_of
+
+log = logging.getLogger("tinygpt")
 
 COLUMNS = (
     "step",
@@ -45,6 +51,8 @@ class CSVLogger(Logger):
         super().__init__()
         self.path, self.begun = Path(save_dir) / "metrics.csv", False
         self.seconds = 0.0  # what the kept lines had taken
+        self.waiting: list[list[Any]] = []  # lines that the disk has refused so far
+        self.warned = False
 
     @property
     def name(self) -> str:
@@ -63,8 +71,41 @@ class CSVLogger(Logger):
         assert step is not None
         if not self.begun:
             self.cut_back(step - 1)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([step, *("" if metrics.get(c) is None else metrics[c] for c in COLUMNS[1:])])
+        self.waiting.append([step, *("" if metrics.get(c) is None else metrics[c] for c in COLUMNS[1:])])
+        self.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits; where the disk refuses it goes on waiting."""
+        try:
+            if self.waiting:
+                self.write()
+                self.waiting = []
+        except OSError as error:
+            if not self.warned:
+                log.warning("%s cannot be written: %s; its lines wait for the next try", self.path, error.strerror)
+            self.warned = True
+
+    def write(self) -> None:
+        """Append what waits, whole or not at all; with a header where the file is new, or has gone."""
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([*([] if self.path.exists() else [COLUMNS]), *self.waiting])
+        content = text.getvalue().encode()
+        with self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(content) < len(content):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @rank_zero_only
+    def sync(self) -> None:
+        """Have the lines survive a power cut: a checkpoint of this step is about to."""
+        self.flush()
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            os.fsync(file.fileno())
 
     @rank_zero_only
     def cut_back(self, step: int) -> None:

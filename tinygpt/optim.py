@@ -115,6 +115,8 @@ class Muon(torch.optim.Optimizer):
 
     def step_matrices(self, group: dict[str, Any]) -> None:
         moving = [(p, rows) for p, rows in zip(group["params"], group["rows"], strict=True) if p.grad is not None]
+        if not moving:
+            return
         gradients = [p.grad for p, _ in moving]
         momenta = [self.momentum(p) for p, _ in moving]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
@@ -136,6 +138,8 @@ class Muon(torch.optim.Optimizer):
 
     def step_rest(self, group: dict[str, Any]) -> None:
         moving = [p for p in group["params"] if p.grad is not None]
+        if not moving:
+            return
         for p in moving:
             if not self.state[p]:
                 self.state[p] = {

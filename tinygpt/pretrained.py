@@ -7,6 +7,7 @@ says of sizes is held against the tensors that are there before any memory is as
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tinygpt.archive import read_outline
 from tinygpt.config import ModelConfig, UserError
 from tinygpt.hub import read_layout
 from tinygpt.tokenizer import Tokenizer, from_state
@@ -85,6 +87,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     if card.get("format") != FORMAT:
         found = card.get("format")
         raise UserError(f"{folder / CARD} has format {found}, and this tinygpt reads {FORMAT}", "upgrade tinygpt")
+    if not isinstance(card.setdefault("origin", {}), dict):
+        raise UserError(f"{folder / CARD} is not what export.py writes: its origin is no object", _GET_AGAIN)
     return card
 
 
@@ -208,13 +212,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_bin(path: Path) -> dict[str, Tensor]:
     """torch.save's dictionary of tensors, without running what else a pickle may hold."""
     try:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):  # before torch 1.6 the format was another one, which cannot be mapped
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        packed = zipfile.is_zipfile(path)  # before torch 1.6 the format was another one, which cannot be mapped
+        if packed:
+            read_outline(path, f"use {WEIGHTS}")
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} cannot be opened safely: it holds more than tensors", f"use {WEIGHTS}") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError) as error:
         raise UserError(f"{path} cannot be read", _GET_AGAIN) from error
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} holds something else than named tensors", "is it a checkpoint of training? export it first")

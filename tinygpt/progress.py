@@ -65,6 +65,11 @@ class MetricsWriter(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.write(trainer, pl_module, validated=True)
 
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.sync()
+
     def write(self, trainer: L.Trainer, pl_module: L.LightningModule, validated: bool) -> None:
         assert isinstance(pl_module, LitGPT)
         step = trainer.global_step

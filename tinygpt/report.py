@@ -28,6 +28,7 @@ from tinygpt.lit import LitGPT
 from tinygpt.progress import Throughput
 from tinygpt.shards import Prepared
 from tinygpt.summary import read_summary, store_summary
+from tinygpt.synthetic import Source
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +62,11 @@ class Outcome:
 
 def say_forecast(forecast: Forecast, epochs: float, config: TrainConfig, prepared: Prepared, file: TextIO) -> None:
     """Parameters, FLOPs, memory, tokens, steps and time, one line each; the same in train.log."""
+    bound = {"entropy": f"{entropy:.4f} nats: no loss can be lower"} if (entropy := known_entropy(config)) else {}
     lines = {
         "corpus": f"{prepared.corpus}: {len(prepared.train):,} training and {len(prepared.val):,} validation tokens, "
         f"{prepared.tokenizer.kind} vocabulary of {prepared.tokenizer.vocab_size:,}",
+        **bound,
         "parameters": f"{forecast.parameters:,}",
         "FLOPs per token": f"{forecast.flops_per_token:,}",
         "tokens per step": f"{forecast.tokens_per_step:,} ({config.data.global_batch_size} sequences, "
@@ -75,6 +78,11 @@ def say_forecast(forecast: Forecast, epochs: float, config: TrainConfig, prepare
     for name, value in lines.items():
         print(f"{name:>16}  {value}", file=file)
         log.info("%s: %s", name, value)
+
+
+def known_entropy(config: TrainConfig) -> float | None:
+    """Nats a token of a source that tinygpt has made itself."""
+    return Source.of(config.data).entropy if config.data.corpus == "synthetic" else None
 
 
 def duration(seconds: float) -> str:
@@ -112,6 +120,7 @@ def write_summary(outcome: Outcome, status: str) -> None:
         "checkpoint": str(checkpoint) if checkpoint.exists() else None,
         "seed": outcome.config.seed,
         "corpus": {"name": outcome.prepared.corpus, "sha256": outcome.prepared.sha256},
+        **({"entropy": entropy} if (entropy := known_entropy(outcome.config)) else {}),
         "forecast": {
             "seconds": round(outcome.forecast.seconds, 3),
             "step_seconds": outcome.forecast.step_seconds,
@@ -145,6 +154,8 @@ def print_result(outcome: Outcome) -> None:
     table.add_column()
     table.add_column(overflow="fold")  # a path that is cut short is of no use
     table.add_row("best val loss", f"{best['loss']:.4f} at step {best['step']}")
+    if entropy := summary.get("entropy"):
+        table.add_row("entropy", f"{entropy:.4f}, which the loss is {best['loss'] / entropy - 1:.2%} above")
     table.add_row("perplexity", f"{math.exp(min(700.0, best['loss'])):.3f}")
     if best.get("bits_per_byte") is not None:
         table.add_row("bits per byte", f"{best['bits_per_byte']:.4f}")

@@ -5,21 +5,25 @@
 
 import contextlib
 import copy
+import errno
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger
 
 from tinygpt import checkpoint as ckpt
+from tinygpt import lock
 from tinygpt.batches import validation_windows
 from tinygpt.callbacks import EMA, GracefulStop, Samples, StopAtLoss, ValidateAtEnds
-from tinygpt.config import BUDGETS, ModelConfig, TrainConfig, UserError, from_dict
+from tinygpt.config import ModelConfig, TrainConfig, UserError
 from tinygpt.corpus import cache_dir, data_dir
 from tinygpt.data import TextData, make_order
 from tinygpt.forecast import Forecast, make_forecast
@@ -29,19 +33,33 @@ from tinygpt.loggers import finish
 from tinygpt.memory import keep_memory, set_matmul_precision
 from tinygpt.model import GPT
 from tinygpt.plot import draw_curves
+from tinygpt.preflight import preflight
 from tinygpt.progress import MetricsWriter, ProgressBar, Throughput
 from tinygpt.pruning import Pruning
+from tinygpt.ranks import is_first
 from tinygpt.report import Outcome, print_result, say_forecast, write_summary
+from tinygpt.resume import refuse_misfit, restoring
+from tinygpt.sharding import is_sharded
 from tinygpt.shards import Prepared, prepare
-from tinygpt.summary import read_summary
-from tinygpt.targets import build, check_node
-from tinygpt.trainer import accelerator, check_trainer, make_trainer, precision, total_steps, world_size
+from tinygpt.start import (
+    already_done,
+    continued,
+    refuse_budget,
+    refuse_changes,
+    starting_checkpoint,
+    starting_weights,
+)
+from tinygpt.targets import build
+from tinygpt.trainer import make_trainer, precision, total_steps, world_size
+from tinygpt.watch import Watch
 
 log = logging.getLogger("tinygpt")
 
-STORED = ("model", "data", "optimizer", "trainer", "callbacks", "seed", "compile", "matmul_precision", "stop_at_loss")
-FIXED = ("model", "seed")  # what a resumed run may not change, beside corpus, tokenizer and global batch
-ENDS = ("trainer", "stop_at_loss", "callbacks")  # what decides when a run is done
+STORED = (
+    *("model", "data", "optimizer", "trainer", "callbacks", "seed", "compile", "matmul_precision"),
+    *("skip_nonfinite", "stop_at_loss"),
+)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float | None:
@@ -49,19 +67,31 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
 
     Raises UserError for what the user can put right, SystemExit(128 + signal) where a signal ended the run.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
-    if rank:
+    if not is_first():
         logging.disable()
+        warnings.simplefilter("ignore")
+    try:
+        with lock.held(run_dir) if is_first() and not config.dry_run else contextlib.nullcontext():
+            return run(config, run_dir, overrides)
+    except OSError as error:
+        if str(run_dir) not in str(error.filename) and error.errno not in NO_ROOM:
+            raise
+        raise UserError(
+            f"{error.filename or run_dir} cannot be written: {error.strerror}",
+            "make room or choose another hydra.run.dir; the checkpoints that are there are whole",
+        ) from error
+
+
+def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> float | None:
+    """`train`, in a run directory that is nobody else's."""
     started = starting_checkpoint(config, run_dir)
     if started is not None:
         config = continued(config, overrides, started["tinygpt"])
         if config.resume == "auto" and (loss := already_done(config, run_dir, started)) is not None:
             return loss
-    check_trainer(config.trainer)
-    check_nodes(config)
+    device = preflight(config)
     keep_memory()
     set_matmul_precision(config.matmul_precision)
-    device = accelerator(config.trainer)
     init = starting_weights(config, overrides) if config.init_from and started is None else None
     prepared = prepare_data(config, started, init)
     if started is not None:
@@ -70,133 +100,12 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
     if started is not None:
         refuse_budget(config, plan.steps, started["global_step"])
         plan.forecast.seconds *= 1 - started["global_step"] / plan.steps  # what is left to do
-    if rank == 0:
+    if is_first():
         say_forecast(plan.forecast, plan.epochs, config, prepared, file=sys.stdout if config.dry_run else sys.stderr)
     if config.dry_run:
         return None
     model = make_model(config, prepared, init)
     return fit(config, run_dir, list(overrides), prepared, model, plan, started, device)
-
-
-def check_nodes(config: TrainConfig) -> None:
-    """Refuse what cannot be built before any work is done."""
-    check_node(config.trainer, "trainer", ignore=BUDGETS)
-    for kind, nodes in (("logger", config.logger), ("callbacks", config.callbacks)):
-        for name, node in nodes.items():
-            check_node(node, f"{kind}.{name}")
-
-
-# Where a run starts from
-
-
-def starting_checkpoint(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
-    """The opened checkpoint to resume from, with its path under "path"; None for a new run."""
-    if config.resume is None:
-        return None
-    if config.init_from and config.resume != "auto":  # which is a new run's command too
-        raise UserError("resume and init_from exclude each other", "resume goes on with a run; init_from starts a new one")
-    path = run_dir / "checkpoints" / "last.ckpt" if config.resume == "auto" else ckpt.find(config.resume, "last")
-    if config.resume == "auto" and not path.exists():
-        return None
-    return {**ckpt.open_checkpoint(path), "path": str(path.resolve())}  # outputs/latest is about to move
-
-
-def continued(config: TrainConfig, overrides: Sequence[str], card: dict[str, Any]) -> TrainConfig:
-    """The checkpoint's config with the command line's overrides on top.
-
-    resume=auto repeats the command of the run, so there the command is the config.
-    """
-    keys = override_keys(overrides)
-    if config.init_from:
-        return replace(config, model=replace(ModelConfig(**card["model"]), dropout=config.model.dropout))
-    if config.resume == "auto" or "experiment" in keys:
-        return config
-    given, values = asdict(config), {**asdict(config), **card["config"]}
-    values["trainer"], values["data"] = dict(values["trainer"]), dict(values["data"])
-    for key in keys:
-        set_path(values, given, key.split("."))
-    restored: TrainConfig = from_dict(TrainConfig, values)
-    return restored
-
-
-def override_keys(overrides: Sequence[str]) -> list[str]:
-    """The dotted keys that the command line names."""
-    return [override.partition("=")[0].lstrip("+~").replace("/", ".").split("@")[0] for override in overrides]
-
-
-def set_path(target: dict[str, Any], source: dict[str, Any], path: list[str]) -> None:
-    """Copy the entry at `path` from source to target; a path that is not there (hydra.*) is not ours."""
-    head, *rest = path
-    if head not in source:
-        return
-    if rest and isinstance(source[head], dict):
-        target[head] = dict(target.get(head) or {})
-        set_path(target[head], source[head], rest)
-    else:
-        target[head] = source[head]
-
-
-def already_done(config: TrainConfig, run_dir: Path, started: dict[str, Any]) -> float | None:
-    """The best loss of a run that has reached its budget, after saying so."""
-    summary = read_summary(run_dir)
-    was = started["tinygpt"]["config"]
-    if summary.get("status") != "done" or any(was[name] != getattr(config, name) for name in ENDS):
-        return None
-    print(f"{run_dir} is done: {summary['steps']} steps, best validation loss {summary['best_val_loss']:.4f}")
-    return float(summary["best_val_loss"])
-
-
-def refuse_changes(config: TrainConfig, prepared: Prepared, checkpoint: dict[str, Any]) -> None:
-    """A resumed run goes on with the same model, data and seed, or it is another run."""
-    card = checkpoint["tinygpt"]
-    was, now = card["config"], asdict(config)
-    changed = [name for name in FIXED if was[name] != now[name]]
-    if was["data"]["global_batch_size"] != config.data.global_batch_size:
-        changed.append("data.global_batch_size")
-    if was["data"].get("layout", "stream") != config.data.layout:
-        changed.append("data.layout")
-    if "training_weights" in checkpoint and not any(is_ema(node) for node in config.callbacks.values()):
-        changed.append("callbacks (its weights are an average: keep ema)")
-    if card["tokenizer"] != prepared.tokenizer.state():
-        changed.append("data.tokenizer")
-    if card["corpus"]["sha256"] != prepared.sha256 or fractions(was["data"]) != fractions(now["data"]):
-        changed.append("the corpus")
-    if changed:
-        raise UserError(
-            f"a resumed run cannot change {' and '.join(changed)}",
-            "leave it as it was, or start a new run (init_from=CHECKPOINT keeps the weights)",
-        )
-
-
-def fractions(data: dict[str, Any]) -> tuple[float, float]:
-    return data["val_fraction"], data.get("test_fraction", 0.0)
-
-
-def is_ema(node: Any) -> bool:
-    return isinstance(node, dict) and node.get("_target_") == "tinygpt.callbacks.EMA"
-
-
-def refuse_budget(config: TrainConfig, steps: int, taken: int) -> None:
-    """A resumed run needs steps to take; only resume=auto may find that all are taken, and write what was not written."""
-    if taken > steps or (taken == steps and config.resume != "auto"):
-        raise UserError(
-            f"the checkpoint has taken {taken} steps, and the budget is {steps}",
-            f"give a larger one, for example trainer.max_steps={2 * taken}",
-        )
-
-
-def starting_weights(config: TrainConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """The opened checkpoint of init_from: its model, with the config's dropout and the block_size that is asked for.
-
-    The command line asks by its key; an experiment does by having a smaller one.
-    """
-    _, opened = ckpt.open_any(str(config.init_from))
-    keys, wanted = override_keys(overrides), config.model.block_size
-    stored = opened["tinygpt"]["model"]["block_size"]
-    if "model.block_size" in keys or ("experiment" in keys and wanted < stored):
-        opened = ckpt.crop(opened, wanted)
-    card = opened["tinygpt"]
-    return {**opened, "tinygpt": {**card, "model": {**card["model"], "dropout": config.model.dropout}}}
 
 
 # What it trains on
@@ -265,6 +174,7 @@ def make_plan(config: TrainConfig, prepared: Prepared, shape: ModelConfig, devic
         validation_windows=validation_windows(prepared.val, T, config.data.val_tokens),
         device=torch.device(device),
         precision=precision(config.trainer, device),
+        shards=world if is_sharded(config.trainer) else 1,
     )
     forecast.tokens_per_step = round(B * order.tokens_per_row)
     return Plan(steps, forecast, steps * B / order.rows_per_epoch)
@@ -293,7 +203,10 @@ def fit(
         card=card,
         byte_lengths=None if config.data.clean else prepared.tokenizer.byte_lengths(),
         compile=config.compile,
+        skip_nonfinite=config.skip_nonfinite,
     )
+    if started is not None:
+        refuse_misfit(started, module)
     data = TextData(
         prepared.train,
         prepared.val,
@@ -307,20 +220,25 @@ def fit(
         num_workers=config.data.num_workers,
     )
     loggers = [
-        build(node, f"logger.{name}", save_dir=run_dir, id=card["logger_ids"].get(name))
+        build(node, f"logger.{name}", Logger, config.allow_targets, save_dir=run_dir, id=card["logger_ids"].get(name))
         for name, node in config.logger.items()
     ]
     remember_ids(card, dict(zip(config.logger, loggers, strict=True)))
     throughput = Throughput()
-    callbacks = make_callbacks(config, prepared, plan, throughput)
+    watch, latest = Watch(run_dir, again=config.resume == "auto"), PointLatest()
+    callbacks = [latest, *make_callbacks(config, prepared, plan, throughput), watch]
     trainer = make_trainer(
-        config.trainer, steps=plan.steps, device=device, run_dir=run_dir, callbacks=callbacks, loggers=loggers
+        config.trainer,
+        steps=plan.steps,
+        device=device,
+        run_dir=run_dir,
+        callbacks=callbacks,
+        loggers=loggers,
+        allow=config.allow_targets,
     )
     outcome = Outcome(config, run_dir, overrides, prepared, plan.forecast, trainer, module, throughput)
-    if trainer.is_global_zero:
-        point_latest(run_dir)
-    with recording(outcome, loggers):
-        trainer.fit(module, datamodule=data, ckpt_path=started["path"] if started else None)
+    with watch.over(trainer), recording(outcome, loggers), restoring(started, module) as path:
+        trainer.fit(module, datamodule=data, ckpt_path=path)
     if trainer.is_global_zero:
         print_result(outcome)
     return outcome.best_loss()
@@ -342,15 +260,19 @@ def remember_ids(card: dict[str, Any], loggers: dict[str, Any]) -> None:
 
 
 def make_callbacks(config: TrainConfig, prepared: Prepared, plan: Plan, throughput: Throughput) -> list[L.Callback]:
-    """In the order that they need: validate, decide to stop, write metrics, then the user's, then save and clean up."""
-    chosen: list[L.Callback] = [build(node, f"callbacks.{name}") for name, node in config.callbacks.items()]
+    """In the order that they need: decide to stop, write metrics, then the user's, then save and clean up."""
+    chosen: list[L.Callback] = [
+        build(node, f"callbacks.{name}", L.Callback, config.allow_targets) for name, node in config.callbacks.items()
+    ]
+    if is_sharded(config.trainer):  # no process has the whole model to write with
+        chosen = [callback for callback in chosen if not isinstance(callback, Samples)]
     for callback in chosen:
         if isinstance(callback, Samples):
             callback.tokenizer = prepared.tokenizer
             prepared.tokenizer.encode(opening(callback.prompt, prepared.tokenizer))  # refuses now what it cannot begin with
     chosen.sort(key=save_order)  # stable
     forecast = plan.forecast
-    callbacks: list[L.Callback] = [ValidateAtEnds()]
+    callbacks: list[L.Callback] = []
     if config.stop_at_loss is not None:
         callbacks.append(StopAtLoss(config.stop_at_loss))
     if config.sweep.method == "optuna":
@@ -360,7 +282,7 @@ def make_callbacks(config: TrainConfig, prepared: Prepared, plan: Plan, throughp
         callbacks.append(ProgressBar(forecast.tokens_per_step))
     ema = [callback for callback in chosen if isinstance(callback, EMA)]
     others = [callback for callback in chosen if not isinstance(callback, EMA)]
-    return [*callbacks, *others, GracefulStop(), *ema, throughput]
+    return [*callbacks, *others, GracefulStop(), *ema, throughput, ValidateAtEnds()]
 
 
 def save_order(callback: L.Callback) -> int:
@@ -389,9 +311,16 @@ def recording(outcome: Outcome, loggers: list[Any]) -> Iterator[None]:
             raise SystemExit(130) from None
         raise
     finally:
-        finish(loggers, well=status == "done")
-        if outcome.trainer.is_global_zero:
-            leave(outcome, status)
+        try:
+            finish(loggers, well=status == "done")
+            if outcome.trainer.is_global_zero:
+                leave(outcome, status)
+        finally:
+            graceful_stop(outcome.trainer).restore()
+
+
+def graceful_stop(trainer: L.Trainer) -> GracefulStop:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, GracefulStop))  # type: ignore[attr-defined]
 
 
 def leave(outcome: Outcome, status: str) -> None:
@@ -402,6 +331,14 @@ def leave(outcome: Outcome, status: str) -> None:
         if metrics.exists():
             title = f"{outcome.prepared.corpus}, {outcome.forecast.parameters:,} parameters"
             draw_curves(metrics, outcome.run_dir / "curves.png", title)
+
+
+class PointLatest(L.Callback):
+    """Once every process has opened the checkpoint, which outputs/latest may name, that names the run that begins."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            point_latest(Path(trainer.default_root_dir))
 
 
 def point_latest(run_dir: Path) -> None:

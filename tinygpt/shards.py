@@ -23,7 +23,7 @@ from tinygpt.config import DataConfig, TokenizerConfig, UserError
 from tinygpt.corpus import Corpus, gpt2_merges, open_corpus
 from tinygpt.meter import progress
 from tinygpt.pieces import SPLITS, Reader, StreamReader, Survey, TextReader, batches, changed, sizes, training_texts
-from tinygpt.tokenizer import Texts, Tokenizer, build, from_state
+from tinygpt.tokenizer import Texts, Tokenizer, build, from_state, token_dtype
 from tinygpt.tokens import Tokens
 from tinygpt.workspace import private, workspace
 from tinygpt.writer import JOURNAL, Manifest, Writer, documents_file, encoded, encoder, sync, write_json
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 
+_PROBE, _PROBES = 2**10, 16  # tokens that are looked at at once when a prepared corpus is opened, and how often
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEARNED_WITH = {"word": ("min_frequency", "specials"), "bpe": ("vocab_size",)}
 
@@ -104,7 +105,11 @@ def _load(folder: Path) -> Prepared | None:
         tokenizer = from_state(state)
         if tokenizer.fingerprint() != manifest["fingerprint"]:
             raise ValueError("tokenizer.json is not the tokenizer of the manifest")
+        if manifest["dtype"] != token_dtype(tokenizer.vocab_size).str:
+            raise ValueError(f"tokens are {manifest['dtype']}")
         splits = {split: _tokens(folder, manifest, split) for split in SPLITS}
+        for tokens in splits.values():
+            _refuse_foreign(tokens, tokenizer.vocab_size)
         return Prepared(tokenizer, manifest["corpus"], manifest["sha256"], folder=folder, **splits)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("the tokens in %s are damaged (%s): they are prepared again", folder, error)
@@ -120,7 +125,23 @@ def _tokens(folder: Path, manifest: Manifest, split: str) -> Tokens:
         if size != expected:
             raise ValueError(f"{file} has {size} bytes instead of {expected}")
     counts = [shard["tokens"] for shard in entry["shards"]]
+    if sum(counts) != entry["tokens"]:
+        raise ValueError(f"{split} has {sum(counts)} tokens instead of {entry['tokens']}")
     return Tokens([folder / file for file in sizes], counts, dtype.str, [(folder / file, 0) for file in documents])
+
+
+def _refuse_foreign(tokens: Tokens, vocab_size: int) -> None:
+    """ValueError where the files hold something else than tokens, such as those of a machine of another byte order.
+
+    Of many tokens a part is looked at: damage to single ones is not found.
+    """
+    length = min(len(tokens), _PROBE)
+    starts = np.linspace(0, len(tokens) - length, num=1 + (len(tokens) > length) * _PROBES, dtype=np.int64)
+    if length and tokens.windows(starts, length).max() >= vocab_size:
+        raise ValueError("there are tokens that the tokenizer does not have")
+    ends = tokens.documents
+    if ends is not None and (ends[0] != 0 or ends[-1] != len(tokens) or (np.diff(ends) < 0).any()):
+        raise ValueError("its documents begin and end outside the tokens")
 
 
 @contextmanager

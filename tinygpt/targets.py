@@ -1,66 +1,127 @@
 """Objects from YAML: the one place where a `_target_` becomes a call.
 
-Recipes travel, so a target must lie in a package that is known to hold callbacks, loggers or trainers, and its arguments
-are checked against its signature before anything runs.
+Recipes travel, so a target must lie in a package that is known to hold callbacks, loggers or trainers, must be the kind
+of thing that its place is for, and its arguments are checked against its signature before anything runs.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, get_type_hints
 
-from tinygpt.config import UserError, nearest
+from tinygpt.config import UserError, nearest, shorten
+from tinygpt.kinds import describe, fits
 
-ALLOWED = ("lightning", "tinygpt", "torch", "torchmetrics")
+ALLOWED = ("lightning", "tinygpt", "torchmetrics", "torch.nn", "torch.optim", "torch.profiler", "torch.distributed.fsdp")
+"""Where a target may lie. Of torch these parts alone: others compile, load or start what they are told to."""
+REFUSED = ("lightning.pytorch.cli", "lightning.fabric.cli")
 
 
-def build(node: dict[str, Any], key: str, **injected: Any) -> Any:
+def build(node: dict[str, Any], key: str, kind: type | None = None, allow: Sequence[str] = (), **injected: Any) -> Any:
     """Call the node's `_target_` with its other entries, and with those of `injected` that its signature takes.
 
-    key names the node in messages. Raises UserError for a target outside ALLOWED, a wrong name or refused arguments.
+    key names the node in messages; kind and allow are as for `check_node`. Raises UserError for a target that is not
+    allowed, a wrong name or type, or refused arguments.
     """
-    target, arguments = check_node(node, key)
+    target, arguments = check_node(node, key, kind, allow)
     accepted = inspect.signature(target).parameters
-    arguments = {name: nested(value, f"{key}.{name}") for name, value in arguments.items()}
+    arguments = {name: nested(value, f"{key}.{name}", allow) for name, value in arguments.items()}
     arguments |= {name: value for name, value in injected.items() if name in accepted}
     return call(target, arguments, key)
 
 
-def check_node(node: Any, key: str, ignore: Sequence[str] = ()) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What a node's `_target_` names, and the arguments for it; UserError as for `build`, but nothing is called."""
+def check_node(
+    node: Any, key: str, kind: type | None = None, allow: Sequence[str] = (), ignore: Sequence[str] = ()
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What a node's `_target_` names, and the arguments for it; UserError as for `build`, but nothing is called.
+
+    kind: the class that the target must be, or whose instance it must return; None for a node inside another. allow:
+    packages beside ALLOWED. ignore: entries that are no arguments.
+    """
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         raise UserError(f"{key} has no _target_", f"say which class: {key}._target_=tinygpt.callbacks.EMA, for example")
-    target = find_target(node["_target_"], key)
+    target = find_target(node["_target_"], key, (*ALLOWED, *allow))
+    if not is_of(target, kind):
+        what = f"is no {kind.__name__}" if kind else "cannot stand inside another"
+        raise UserError(f"{key}._target_={node['_target_']} {what}", "check the name")
     arguments = {name: value for name, value in node.items() if name not in ("_target_", *ignore)}
-    accepted = inspect.signature(target).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        check_names(arguments, list(accepted), key)
+    check_arguments(target, arguments, key)
+    for name, value in arguments.items():
+        if is_node(value):
+            check_node(value, f"{key}.{name}", None, allow)
     return target, arguments
 
 
-def nested(value: Any, key: str) -> Any:
-    return build(value, key) if isinstance(value, dict) and "_target_" in value else value
+def is_node(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
 
 
-def find_target(path: str, key: str) -> Callable[..., Any]:
+def nested(value: Any, key: str, allow: Sequence[str]) -> Any:
+    return build(value, key, None, allow) if is_node(value) else value
+
+
+def within(path: str, packages: Sequence[str]) -> bool:
+    return any(path == package or path.startswith(f"{package}.") for package in packages)
+
+
+def find_target(path: str, key: str, allowed: Sequence[str]) -> Callable[..., Any]:
+    """What a dotted path names. Raises UserError where that is not allowed, not there, or no class or function."""
     module, _, name = path.rpartition(".")
-    if module.split(".")[0] not in ALLOWED:
-        raise UserError(f"{key}._target_={path} is not allowed", f"use a class from one of: {', '.join(ALLOWED)}")
+    if not within(module, allowed) or within(module, REFUSED):
+        raise UserError(
+            f"{key}._target_={path} is not allowed",
+            f"use the name of a class from one of: {', '.join(allowed)}; allow_targets=[PACKAGE] trusts another",
+        )
     try:
         target = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{key}._target_={path} cannot be found: {error}", "check the name") from error
-    # A function (torch.load), or what a module has imported for itself (subprocess.Popen), could do anything.
-    home = str(getattr(target, "__module__", "")).split(".")[0]
-    if home not in ALLOWED or not (inspect.isclass(target) or (home == "tinygpt" and callable(target))):
+    # What a module has imported for itself (subprocess.Popen) could do anything.
+    home = str(getattr(target, "__module__", ""))
+    if not within(home, allowed) or within(home, REFUSED) or not (inspect.isclass(target) or inspect.isfunction(target)):
         raise UserError(f"{key}._target_={path} is not a class of {module.split('.')[0]}", "check the name")
-    return target  # type: ignore[no-any-return]
+    return target
 
 
-def check_names(arguments: dict[str, Any], accepted: list[str], key: str) -> None:
+def is_of(target: Callable[..., Any], kind: type | None) -> bool:
+    """Whether the target is a class of this kind, or a function that says it returns one.
+
+    Inside another node, where nothing is said of the kind, it must be a class; one of ours only if it extends one of theirs.
+    """
+    made = target if inspect.isclass(target) else hints_of(target).get("return")
+    if kind is not None:
+        return inspect.isclass(made) and issubclass(made, kind)
+    if not inspect.isclass(target):
+        return False
+    packages = [base.__module__.split(".")[0] for base in inspect.getmro(target)]
+    return packages[0] != "tinygpt" or bool({"lightning", "torch", "torchmetrics"} & set(packages))
+
+
+def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function, or of a class's constructor; none where they cannot be told."""
+    try:
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def check_arguments(target: Callable[..., Any], arguments: dict[str, Any], key: str) -> None:
+    """UserError for a name that the target does not take, or a value that is not what its annotation asks for."""
+    accepted = inspect.signature(target).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     for name in arguments:
-        if name not in accepted:
-            raise UserError(f"there is no key {key}.{name}", nearest(name, accepted, f"{key}."))
+        if name not in accepted and not open_ended:
+            raise UserError(f"there is no key {key}.{name}", nearest(name, list(accepted), f"{key}."))
+    check_types(accepted, hints_of(target), arguments, key)
+
+
+def check_types(
+    accepted: Mapping[str, inspect.Parameter], hints: dict[str, Any], arguments: dict[str, Any], key: str
+) -> None:
+    for name, value in arguments.items():
+        default = accepted[name].default if name in accepted else None
+        if name in hints and value is not default and not is_node(value) and not fits(value, hints[name]):
+            raise UserError(f"{key}.{name}={shorten(value)} is not {describe(hints[name])}", "see what its class takes")
 
 
 def call(target: Callable[..., Any], arguments: dict[str, Any], key: str) -> Any:

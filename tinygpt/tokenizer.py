@@ -171,6 +171,8 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def restore(cls, state: State) -> Self:
+        if not isinstance(state["characters"], str):
+            raise TypeError("characters are one text")
         return cls(state["characters"])
 
 
@@ -296,7 +298,14 @@ class MergedBytes(Tokenizer):
         return np.split(ids, np.flatnonzero(ids == begin)[1:])
 
     def _encode(self, text: str, special: AbstractSet[str] = frozenset()) -> Ids:
-        return self._encoding.encode_to_numpy(text, allowed_special=special, disallowed_special=())
+        try:
+            return self._encoding.encode_to_numpy(text, allowed_special=special, disallowed_special=())
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # which is no Exception, and has no name to import
+                raise
+            raise UserError(
+                "the tokenizer's pattern cannot cut this text", "it is not one that tiktoken was made for"
+            ) from None
 
     def byte_lengths(self) -> npt.NDArray[np.int64]:
         lengths = np.array([len(piece) for piece in self._bytes], dtype=np.int64)
@@ -314,7 +323,9 @@ class MergedBytes(Tokenizer):
     @classmethod
     def restore(cls, state: State) -> Self:
         ranks = [base64.b64decode(token, validate=True) for token in state["ranks"].split(" ")]
-        return cls(ranks, state["pattern"], state["special_tokens"])
+        tokenizer = cls(ranks, state["pattern"], state["special_tokens"])
+        tokenizer._encode(" a1.\n")  # refuses a pattern that cuts off nothing
+        return tokenizer
 
 
 def _check_ranks(ranks: Sequence[bytes], special_tokens: dict[str, int]) -> None:

@@ -4,8 +4,8 @@ Lightning's arguments are ours to set."""
 import inspect
 import logging
 import math
-import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from tinygpt.callbacks import DurableIO
 from tinygpt.config import BUDGETS, UserError, nearest
+from tinygpt.ranks import launched
 from tinygpt.targets import build
 
 OURS = {
@@ -28,6 +29,9 @@ OURS = {
 }
 
 
+LEAST = {"log_every_n_steps": 1, "num_nodes": 1}  # which Lightning does not look at
+
+
 def check_trainer(settings: dict[str, Any]) -> None:
     """Refuse names that `L.Trainer` does not have, those that are ours, and hardware that is not here."""
     known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name != "self"]
@@ -39,6 +43,9 @@ def check_trainer(settings: dict[str, Any]) -> None:
     interval = settings.get("val_check_interval")
     if isinstance(interval, bool) or not isinstance(interval, int | None) or (interval is not None and interval < 1):
         raise UserError(f"trainer.val_check_interval={interval} is out of range", "it counts optimizer steps: 1 or more")
+    for name, least in LEAST.items():
+        if isinstance(value := settings.get(name), int) and value < least:
+            raise UserError(f"trainer.{name}={value} is out of range", f"it must be at least {least}")
 
 
 def accelerator(settings: dict[str, Any]) -> str:
@@ -72,16 +79,34 @@ def precision(settings: dict[str, Any], device: str) -> str:
 
 def world_size(settings: dict[str, Any], device: str) -> int:
     """Processes of the run: what a launcher says, else devices times nodes."""
-    if "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+    if found := launched():
+        return found[0] * found[1]
     devices = settings.get("devices", 1)
     here = torch.cuda.device_count() if device == "cuda" else 1
-    listed = len(devices) if isinstance(devices, list) else devices
-    count: int = here if listed in ("auto", -1, "-1", None) else int(listed)
+    count = here if devices in ("auto", -1, "-1", None) else device_count(devices)
     if device == "cuda" and count > here:
         raise UserError(f"trainer.devices={devices}: there are {here} GPUs here", f"use trainer.devices={here}")
-    nodes = int(settings.get("num_nodes") or 1)
-    return max(1, count) * nodes
+    return max(1, count) * machines(settings)
+
+
+def machines(settings: dict[str, Any]) -> int:
+    return int(settings.get("num_nodes") or 1)
+
+
+def processes_here(settings: dict[str, Any], device: str) -> int:
+    """Processes of the run on this machine."""
+    found = launched()
+    return found[0] if found else world_size(settings, device) // machines(settings)
+
+
+def device_count(devices: Any) -> int:
+    """How many `trainer.devices` names: a number, a list of them, or such a list as text, 0,1."""
+    if isinstance(devices, list) or "," in str(devices):
+        return len(devices) if isinstance(devices, list) else len(devices.strip(",").split(","))
+    try:
+        return int(devices)
+    except ValueError as error:
+        raise UserError(f"trainer.devices={devices} is not known", "a number, a list of them, or auto") from error
 
 
 def total_steps(settings: dict[str, Any], batch_size: int, tokens_per_row: float, rows_per_epoch: int) -> int:
@@ -93,9 +118,16 @@ def total_steps(settings: dict[str, Any], batch_size: int, tokens_per_row: float
 
 
 def make_trainer(
-    settings: dict[str, Any], *, steps: int, device: str, run_dir: Path, callbacks: list[L.Callback], loggers: list[Any]
+    settings: dict[str, Any],
+    *,
+    steps: int,
+    device: str,
+    run_dir: Path,
+    callbacks: list[L.Callback],
+    loggers: list[Any],
+    allow: Sequence[str] = (),
 ) -> L.Trainer:
-    """The Trainer of a run: one endless epoch of `steps` batches, each an optimizer step."""
+    """The Trainer of a run: one endless epoch of `steps` batches, each an optimizer step. allow: see targets.py."""
     quieten()
     plugins = settings.get("plugins") or []
     overridden = {
@@ -115,9 +147,11 @@ def make_trainer(
         "callbacks": callbacks,
         "logger": loggers,
     }
-    if device == "cpu" and world_size(settings, device) > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // int(settings.get("devices") or 1)))
-    trainer = build(overridden, "trainer")
+    if found := launched():  # torchrun knows how many it has started: no need to say it twice
+        overridden["devices"], overridden["num_nodes"] = found
+    if device == "cpu" and (here := processes_here(settings, device)) > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
+    trainer = build(overridden, "trainer", L.Trainer, allow)
     assert isinstance(trainer, L.Trainer)
     return trainer
 

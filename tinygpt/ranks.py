@@ -1,0 +1,29 @@
+"""Which of a run's processes this one is: what torchrun, srun or Lightning has put into its environment."""
+
+import os
+import time
+
+PLACES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+PATIENCE = 3.0  # seconds in which the first process says what all of them would say
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for the run: its only one, or the first of several."""
+    return all(os.environ.get(name, "0") == "0" for name in PLACES)
+
+
+def launched() -> tuple[int, int] | None:
+    """(processes on each machine, machines) where torchrun or srun started them; None where Lightning does, or no one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        return here, int(os.environ["WORLD_SIZE"]) // here
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        machines = int(os.environ.get("SLURM_NNODES", "1"))
+        return int(os.environ["SLURM_NTASKS"]) // machines, machines
+    return None
+
+
+def give_way() -> None:
+    """To be called before an error is said: where the first process ends with the same one, its launcher ends this one."""
+    if launched() and not is_first():
+        time.sleep(PATIENCE if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID")) == "0" else 2 * PATIENCE)
