@@ -165,11 +165,17 @@ class LitGPT(L.LightningModule):
         known = {f"val/{name}": float(value) for name, value in self.val_metrics.items() if value is not None}
         self.log_dict(known, logger=False, sync_dist=False, rank_zero_only=False)  # for callbacks that monitor
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises UserError rather than let weights be saved that are not finite."""
+    def on_validation_start(self) -> None:
+        self.refuse_broken_weights()
+
+    def refuse_broken_weights(self) -> None:
+        """Raises UserError where the weights are not finite, before anyone judges, samples or saves them."""
         self.look()
         if not finite(self.model):
             raise self.explained(NotFinite(self.global_step - 1))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.refuse_broken_weights()
         checkpoint["tinygpt"], checkpoint["val_metrics"] = self.card, self.val_metrics
         checkpoint["skipped_steps"] = self.finite_steps.skipped
         if self.last_step:  # for the line in metrics.csv, where the run stops between a step and its validation
