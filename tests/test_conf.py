@@ -24,7 +24,7 @@ from tinygpt.config import (
 from tinygpt.model import GPT
 from tinygpt.preflight import preflight
 
-HARDWARE = ("trainer/gpu", "trainer/ddp", "trainer/mps")  # what may not be here
+HARDWARE = ("trainer/gpu", "trainer/ddp", "trainer/fsdp", "trainer/mps")  # what may not be here
 CHOICES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/**/*.yaml"))
 
 

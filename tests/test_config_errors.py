@@ -207,7 +207,7 @@ def unusable(config, **changes):
         mock.patch.object(run, "prepare", side_effect=AssertionError("data was read")),
         pytest.raises(UserError) as caught,
     ):
-        run.train(dataclasses.replace(config, **changes), Path("nowhere"))
+        run.run(dataclasses.replace(config, **changes), Path("nowhere"), ())
     assert caught.value.hint
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -226,7 +226,7 @@ def test_a_misspelt_argument_of_the_trainer_is_refused(default):
     for name in set(TRAINER) - {"_target_"}:
         wrong = misspelt(name)
         with pytest.raises(UserError, match=f"there is no key trainer.{wrong}") as caught:
-            run.train(dataclasses.replace(default, trainer={**default.trainer, wrong: 1}), Path("nowhere"))
+            run.run(dataclasses.replace(default, trainer={**default.trainer, wrong: 1}), Path("nowhere"), ())
         assert caught.value.hint == f"did you mean trainer.{name}?"
 
 

@@ -65,10 +65,10 @@ def main(verb: str, schema: type, work: Work, conf: Path) -> None:
         elif verb == "train":
             overrides = [*overrides, *for_other_processes(argv)]
             check_resume(argv)
-            refuse_unswept(argv)
             if not any(argument.startswith("-") for argument in argv):
                 compose(verb, schema, conf, overrides)  # what is wrong is said before there is a run directory
                 refuse_in_use(argv)
+            refuse_unswept(argv)
             run_hydra(verb, schema, work, conf, overrides)
         else:
             work(compose(verb, schema, conf, overrides), Path.cwd(), overrides)

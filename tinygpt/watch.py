@@ -20,7 +20,9 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed
 from lightning.pytorch.strategies.launchers import subprocess_script
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from tinygpt.config import UserError
 from tinygpt.ranks import launched
@@ -62,6 +64,7 @@ class Watch(L.Callback):
             os.environ[PARENT] = str(os.getpid())
         threading.Thread(target=self.look_after, daemon=True).start()
         try:
+            join_again(trainer)
             yield
         except Exception as error:
             what = self.account_for(error)
@@ -192,13 +195,34 @@ class Watch(L.Callback):
         return True
 
     def heard(self, gone: dict[int, str]) -> dict[str, Any] | None:
-        """Word that was left: {} where its process has said it already. torchrun keeps it, or else the first process."""
-        if self.orphaned() or (0 in gone and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"):
+        """Word that was left: {} where its process has said it already."""
+        if self.orphaned() or (0 in gone and not torchrun_keeps_the_store()):
             return None
         try:
             return json.loads(store().get(KEY)) if store().check([KEY]) else None
         except (RuntimeError, ValueError):
             return None
+
+
+def join_again(trainer: L.Trainer) -> None:
+    """Join the processes that torchrun has started again, under a name of this life: its store still has the addresses of
+    those before them, on which gloo and NCCL would wait. Lightning takes the group as it is."""
+    life = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not life or not torchrun_keeps_the_store():
+        return
+    device, world = trainer.strategy.root_device, trainer.world_size
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept = TCPStore(address, port, world, is_master=False, wait_for_workers=False)
+    backend = torch.distributed.Backend.default_device_backend_map[device.type]
+    own = PrefixStore(f"life-{life}", kept)
+    torch.distributed.init_process_group(backend, store=own, rank=trainer.global_rank, world_size=world)
+
+
+def torchrun_keeps_the_store() -> bool:
+    """Else the first process does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def leave_within(seconds: float) -> None:
