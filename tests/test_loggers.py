@@ -244,7 +244,9 @@ def test_a_server_that_goes_away_does_not_hold_a_run_at_its_end(tmp_path):
         server.shutdown()
         server.server_close()
         try:
-            process.communicate("\n", timeout=60)  # for good, if W&B's own default held
+            process.stdin.write("\n")
+            process.stdin.flush()
+            process.wait(timeout=60)  # for good, if W&B's own default held
         finally:
             process.kill()
     assert process.returncode == 0
