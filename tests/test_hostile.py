@@ -91,7 +91,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_script_refuses_it(way, good, tmp_path, place):
-    for name in SOME:
+    for name in SOME if way in ("sample", "export") else SOME[::2]:
         (make, words), path = hostile.FILES[name], tmp_path / "x.ckpt"
         make(good, path)
         verb, *arguments = (part.format(path) for part in WAYS[way])
@@ -111,12 +111,11 @@ def test_no_run_goes_on_from_a_hostile_state(name, good, tmp_path, place):
 def test_a_script_as_a_process_takes_no_more_memory_than_an_honest_one(good, tmp_path, place):
     code, _, honest = measured("sample", f"ckpt={good}", "max_new_tokens=1")
     assert code == 0
-    for name in ("eval at the top", "packed weights"):
-        (make, words), path = hostile.FILES[name], tmp_path / "x.ckpt"
-        make(good, path)
-        code, stderr, taken = measured("sample", f"ckpt={path}", "max_new_tokens=1")
-        refused(scripts.Done(code, "", stderr), words)
-        assert taken < honest + 2 * path.stat().st_size + SPARE
+    (make, words), path = hostile.FILES["packed weights"], tmp_path / "x.ckpt"
+    make(good, path)
+    code, stderr, taken = measured("sample", f"ckpt={path}", "max_new_tokens=1")
+    refused(scripts.Done(code, "", stderr), words)
+    assert taken < honest + 2 * path.stat().st_size + SPARE
 
 
 def measured(verb, *arguments):
