@@ -101,6 +101,21 @@ def test_every_script_refuses_it(way, good, tmp_path, place):
         assert risen[0] < 2 * path.stat().st_size + SPARE
 
 
+@pytest.mark.parametrize(
+    "name", [*SOME[:3], SOME[4], "torchscript", "laughs", "millions of dictionaries", "a pickle", "half"]
+)
+def test_weights_of_hugging_face_s_are_held_to_the_same(name, good, tmp_path, place):
+    (make, words), path = hostile.FILES[name], tmp_path / "pytorch_model.bin"
+    make(good, path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with peak_memory() as risen, pytest.raises(UserError) as caught:
+        tinygpt.load(f"hf:{tmp_path}")
+    assert words in str(caught.value) or name in ("a pickle", "half")  # which have the reasons of another reader
+    assert str(path) in str(caught.value)
+    assert caught.value.hint
+    assert risen[0] < 2 * path.stat().st_size + SPARE
+
+
 @pytest.mark.parametrize("name", hostile.STATES)
 def test_no_run_goes_on_from_a_hostile_state(name, good, tmp_path, place):
     (make, words), path = hostile.STATES[name], tmp_path / "x.ckpt"
