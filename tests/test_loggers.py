@@ -1,11 +1,15 @@
 """metrics.csv through kills and resumes; W&B without a key or a network; TensorBoard in the run directory."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from scripts import ROOT
 from tiny import CSV, column, rows, run, summary
 
 from tinygpt import loggers as module
@@ -192,3 +196,58 @@ def test_a_failed_run_is_marked_as_failed(tmp_path, monkeypatch):
     assert endings[0] == "success"
     assert "failed" in endings
     assert summary(tmp_path / "bad")["status"] == "failed"
+
+
+class Server(BaseHTTPRequestHandler):
+    """As much of W&B's server as a run needs to begin."""
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["content-length"])).decode(errors="replace")
+        entity = {"name": "me", "id": "1"}
+        bucket = {"id": "1", "name": "r", "displayName": "r", "config": "{}", "historyLineCount": 0}
+        bucket["project"] = {"id": "1", "name": "p", "entity": entity}
+        data = {"upsertBucket": {"bucket": bucket, "inserted": True}} if "upsertBucket" in asked else {"model": None}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+GOES_AWAY = """
+from pathlib import Path
+from tinygpt import loggers
+loggers.FINISH_SECONDS = 1
+logger = loggers.wandb("p", Path("run").absolute(), mode="online")
+print(logger.experiment.offline, flush=True)
+input()
+logger.log_metrics({"x": 1.0}, step=1)
+loggers.finish([logger])
+"""
+
+
+def test_a_server_that_goes_away_does_not_hold_a_run_at_its_end(tmp_path):
+    (tmp_path / "run").mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    fake = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "HOME": str(tmp_path)}
+    fake |= {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", GOES_AWAY]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env={**clean, **fake}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "False\n"  # online
+        server.shutdown()
+        server.server_close()
+        try:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            process.wait(timeout=60)  # for good, if W&B's own default held
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert list(tmp_path.rglob("*.wandb"))  # to be uploaded later

@@ -284,11 +284,14 @@ def test_a_signal_reaches_every_process_of_a_job(torchrun, home, number):
     wait_until(lambda: [left.read_text() for left in home.glob("left*")] == [f"{int(passed_on)} 7"] * 2)
 
 
-def test_a_warning_of_slurm_s_is_passed_on_as_one_that_torchrun_knows(tmp_path):
-    process = subprocess.Popen(["sleep", "60"])
-    with pytest.raises(SystemExit) as leaving, launch.passing_on(process):
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert process.wait() == -signal.SIGTERM
+def test_a_warning_of_slurm_s_is_passed_on_as_one_that_torchrun_knows():
+    def warned():
+        with subprocess.Popen(["sleep", "60"]) as process, launch.passing_on(process):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert process.wait() == -signal.SIGTERM
+
+    with pytest.raises(SystemExit) as leaving:
+        warned()
     assert leaving.value.code == 128 + signal.SIGUSR1
 
 

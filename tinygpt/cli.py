@@ -27,7 +27,7 @@ from tinygpt import launch, lock, multirun, sweep
 from tinygpt.config import BUDGETS, UserError, all_keys, from_dict, inner_schema, nearest, shorten
 from tinygpt.help import print_help
 from tinygpt.kinds import describe
-from tinygpt.ranks import give_way, is_first
+from tinygpt.ranks import give_way, is_first, launched
 from tinygpt.search import EXAMPLE
 from tinygpt.summary import read_summary
 from tinygpt.sweep import remove_empty_above
@@ -324,12 +324,12 @@ class SweepJob:
 
     def train(self, config: DictConfig, run_dir: Path, overrides: list[str]) -> None:
         settings = to_schema(config, self.schema)
-        if (count := launch.processes(settings.trainer)) == 1:
+        if (count := launch.processes(settings.trainer)) == 1 or launched():
             self.work(settings, run_dir, overrides)
             return
         code = launch.torchrun(self.script, overrides, run_dir, count)
         if code and "error" not in read_summary(run_dir):  # which the first process writes, if it can
-            raise ChildProcessError(f"a process of this job has ended with exit code {code}")
+            raise Ended(code, run_dir)
 
     @staticmethod
     def complain(error: Exception) -> None:
@@ -339,14 +339,24 @@ class SweepJob:
             logging.getLogger("tinygpt").error("%s", error, exc_info=error)
 
 
+class Ended(UserError):
+    """A process of a job has ended and has not written down why."""
+
+    def __init__(self, code: int, run_dir: Path) -> None:
+        super().__init__(f"a process has ended with exit code {code}", f"see what it has said, and {run_dir / 'train.log'}")
+        self.code = 2 if code == 2 else 1
+
+
 def failed(error: Exception, schema: type, run_dir: Path, overrides: list[str]) -> Exception:
     """The error of a sweep's job, written down in its folder, in the user's words and with the job's number."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         error = explain(error, schema)
     if is_first():
         reason = " ".join(str(error).split()) or type(error).__name__
-        sweep.fail(run_dir, overrides, reason, exit_code=2 if isinstance(error, UserError) else 1)
-    return UserError(f"job {run_dir.name}: {error}", error.hint) if isinstance(error, UserError) else error
+        sweep.fail(run_dir, overrides, reason, exit_code=error.code if isinstance(error, UserError) else 1)
+    if isinstance(error, UserError):
+        error.args = (f"job {run_dir.name}: {error}",)
+    return error
 
 
 def explain(error: Exception, schema: type) -> UserError:
