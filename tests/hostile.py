@@ -102,7 +102,7 @@ def spread(content):
 
 
 def shared(content):
-    """One table under thousands of names."""
+    """One table under hundreds of names."""
     table = content["state_dict"]["model.wte.weight"]
     content["state_dict"].update({f"model.h.{n}.x": table.view(table.shape) for n in range(300)})
 
