@@ -12,10 +12,10 @@ CPU = torch.device("cpu")
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8}
 
 
-def probe(vocab_size=50, **options):
+def probe(vocab_size=50, shards=1, **options):
     with torch.device("meta"):
         outline = GPT(ModelConfig(**{**SHAPE, **options}), vocab_size)
-    return Probe(outline, OptimizerConfig(), CPU, "32-true")
+    return Probe(outline, OptimizerConfig(), CPU, "32-true", shards)
 
 
 def forecast(share=6, world_size=1, micro_batch_size=None, steps=10, **options):
@@ -97,6 +97,13 @@ def test_what_a_forward_pass_keeps_grows_by_the_same_for_each_layer():
 def test_a_wider_model_and_a_larger_micro_batch_take_more_memory():
     assert probe(n_embd=512).memory(4) > probe().memory(4)
     assert probe(block_size=256).memory(64) > probe(block_size=256).memory(1)
+
+
+def test_each_of_several_devices_holds_its_part_of_the_weights_and_a_block():
+    whole, parts = (probe(n_layer=4, shards=shards) for shards in (1, 4))
+    held = 4 * whole.weights
+    saved = {one: one.memory(2) - one.held for one in (whole, parts)}
+    assert saved[whole] - saved[parts] == held - (held // 4 + whole.weights // 4)
 
 
 def test_a_step_too_large_to_try_is_extended_from_a_small_one(monkeypatch):
