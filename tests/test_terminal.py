@@ -265,7 +265,7 @@ def test_settings_are_shown_as_they_are_typed(monkeypatch, capsys):
         ("/temperature hot", "temperature=hot is not a number"),
         ("/temperature nan", "temperature must be at least 0"),
         ("/top_k 2.5", "top_k=2.5 is not a whole number"),
-        ("/top_p 2", "top_p must be at most 1"),
+        ("/top_p 2", "top_p must be above 0 and at most 1"),
         ("/max_new_tokens 0", "max_new_tokens must be at least 1"),
         ("/stop 'a", "a quote is not closed"),
     ],
