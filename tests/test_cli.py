@@ -159,7 +159,7 @@ def test_a_sweep_ranks_its_jobs_and_a_bad_one_does_not_stop_it(tiny_home, empty)
     )
     swept = ("optimizer.lr=1e-5,1e-2", "model.n_head=2,3")
     small = [item for item in SMALL if not item.startswith("model.n_head")]
-    done = run("train", "-m", *small, *arguments, *swept, f"cache_dir={tiny_home}/cache", cwd=empty)
+    done = run_inside("train", "-m", *small, *arguments, *swept, f"cache_dir={tiny_home}/cache", cwd=empty)
     assert done.code == 2
     assert "Traceback" not in done.stderr
     assert "error: job 1: model.n_embd=16 does not divide by model.n_head=3\nhint: " in done.stderr

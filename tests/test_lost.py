@@ -43,7 +43,7 @@ def errors(text):
     return [line for line in text.splitlines() if line.startswith("error: ")]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_without_one_process_the_other_ends_and_says_so(victim, tmp_path):
     process = start(tmp_path, *command(tmp_path, *TWO, *ENDLESS, "hydra.run.dir=run"))
     try:

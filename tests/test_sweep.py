@@ -351,7 +351,7 @@ def test_the_wandb_runs_of_a_sweep_stay_apart(home, monkeypatch):
 # Launchers
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", [pytest.param("joblib", marks=pytest.mark.slow), "submitit_local"])
 def test_a_launcher_with_processes_of_its_own(launcher, home):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
     given = (f"hydra/launcher={launcher}", "model.n_head=2,3", "trainer.max_steps=2")

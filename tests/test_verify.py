@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import SMALL, files, run
+from scripts import SMALL, files, run_inside
 from tiny import LAST_EVERY_3, corpus
 from tiny import run as train
 
@@ -21,7 +21,7 @@ def test_the_proof_on_a_users_own_config(tmp_path):
     (tmp_path / "outputs" / "a").mkdir(parents=True)
     (tmp_path / "outputs" / "latest").symlink_to("a")
     settings = ("data=text", f"data.path={text}", "trainer=cpu", "trainer.log_every_n_steps=1", *SMALL, *hard)
-    done = run("train", *settings, "verify_resume=true", cwd=tmp_path)
+    done = run_inside("train", *settings, "verify_resume=true", cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert "identical: " in done.stdout
     assert "13 lines of metrics.csv" in done.stdout
