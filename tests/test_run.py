@@ -13,7 +13,7 @@ from tiny import CALLBACKS, EMA, LAST_EVERY_3, column, corpus, rows, run, settin
 from tinygpt import batches
 from tinygpt import checkpoint as ckpt
 from tinygpt.batches import BatchOrder
-from tinygpt.callbacks import GracefulStop
+from tinygpt.callbacks import GracefulStop, LastCheckpoint
 from tinygpt.config import TokenizerConfig, UserError
 from tinygpt.lit import LitGPT
 from tinygpt.loggers import COLUMNS, CSVLogger
@@ -164,6 +164,25 @@ def test_a_run_killed_in_the_middle_of_something_ends_as_if_it_had_not_been(
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert (opened(tmp_path / "run")["global_step"] if last.exists() else None) == left
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole_slowly)
+
+
+@pytest.mark.parametrize("call", [1, 4])
+def test_a_run_killed_between_a_line_and_its_checkpoint_writes_the_line_once(tmp_path, monkeypatch, whole, call):
+    """After the validations of step 0, from which nothing goes on, and of step 8."""
+    real, calls = LastCheckpoint.save, []
+
+    def save(self, trainer):
+        calls.append(1)
+        if len(calls) == call:
+            raise RuntimeError("the power is out")
+        real(self, trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "save", save)
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path, **HARD)
+    assert rows(tmp_path / "run")[-1]["step"] == {1: "0", 4: "8"}[call]
+    assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
 
 
 def test_loader_workers_change_nothing(tmp_path, monkeypatch, whole):

@@ -52,10 +52,6 @@ class MetricsWriter(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.logged_step = trainer.global_step
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger):
-                logger.cut_back(trainer.global_step)
-                self.start -= logger.seconds  # the clock of a resumed run goes on from the line that it goes on from
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -73,6 +69,10 @@ class MetricsWriter(L.Callback):
     def write(self, trainer: L.Trainer, pl_module: L.LightningModule, validated: bool) -> None:
         assert isinstance(pl_module, LitGPT)
         step = trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger) and not logger.begun:
+                logger.cut_back(step - 1)  # of what a killed process has left, this line too: it is written again
+                self.start -= logger.seconds  # the clock of a resumed run goes on from the line that it goes on from
         row: dict[str, Any] = {"tokens": step * self.tokens_per_step}
         if pl_module.last_step:
             row |= {
