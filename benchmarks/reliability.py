@@ -34,6 +34,7 @@ from common import ROOT, machine, write_result
 from tinygpt.checkpoint import open_checkpoint
 from tinygpt.config import DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig, UserError
 from tinygpt.run import train
+from tinygpt.summary import read_summary
 from tinygpt.verify import compare
 
 STEPS = 30
@@ -170,12 +171,13 @@ def stop(bench: Bench, trials: int) -> Tally:
         run_dir, which = bench.folder / f"signal-{number}", bench.draw.choice(list(SIGNALS))
         code = end(bench.start(run_dir), bench.instant(), which)
         early = not (run_dir / "checkpoints" / "last.ckpt").exists() and code in (-which, 130)
-        problem = None if code in (0, SIGNALS[which]) or early else f"{which.name}: exit code {code}"
+        done = code == 0 or (code == -which and read_summary(run_dir).get("status") == "done")  # as the process was leaving
+        problem = None if code == SIGNALS[which] or early or done else f"{which.name}: exit code {code}"
         problem = problem or unreadable(run_dir)
         if not problem and os.waitstatus_to_exitcode(os.waitpid(bench.start(run_dir), 0)[1]):
             problem = f"{which.name}: cannot be resumed: {bench.traceback()}"
         problem = problem or compare(bench.whole, run_dir).difference
-        tally.count(problem, "before it trained" if early else "already done" if code == 0 else which.name)
+        tally.count(problem, "before it trained" if early else "already done" if done else which.name)
         shutil.rmtree(run_dir)
     return tally
 

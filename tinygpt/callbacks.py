@@ -61,8 +61,12 @@ class ValidateAtEnds(L.Callback):
         self.validated_at = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.validated_at != trainer.global_step and (trainer.global_step == 0 or validation_due(trainer)):
-            self.validate(trainer)  # the first, or one that a signal has interrupted
+        if self.owes(trainer):
+            self.validate(trainer)
+
+    def owes(self, trainer: L.Trainer) -> bool:
+        """Whether the training begins with a validation: the first, or one that a signal has interrupted."""
+        return self.validated_at != trainer.global_step and (trainer.global_step == 0 or validation_due(trainer))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validated_at = trainer.global_step  # before any checkpoint of this validation
@@ -82,6 +86,12 @@ class ValidateAtEnds(L.Callback):
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
+
+
+def owes_validation(trainer: L.Trainer) -> bool:
+    """Whether this step's line in metrics.csv, which an earlier process may have left, is still to be written."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(callback, ValidateAtEnds) and callback.owes(trainer) for callback in callbacks)
 
 
 class BestCheckpoint(L.Callback):

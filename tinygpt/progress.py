@@ -9,7 +9,7 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tinygpt.callbacks import validation_due
+from tinygpt.callbacks import owes_validation, validation_due
 from tinygpt.lit import LitGPT
 from tinygpt.loggers import CSVLogger
 
@@ -52,6 +52,10 @@ class MetricsWriter(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.logged_step = trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.cut_back(trainer.global_step - owes_validation(trainer))
+                self.start -= logger.seconds  # the clock of a resumed run goes on from the line that it goes on from
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -69,10 +73,6 @@ class MetricsWriter(L.Callback):
     def write(self, trainer: L.Trainer, pl_module: L.LightningModule, validated: bool) -> None:
         assert isinstance(pl_module, LitGPT)
         step = trainer.global_step
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger) and not logger.begun:
-                logger.cut_back(step - 1)  # of what a killed process has left, this line too: it is written again
-                self.start -= logger.seconds  # the clock of a resumed run goes on from the line that it goes on from
         row: dict[str, Any] = {"tokens": step * self.tokens_per_step}
         if pl_module.last_step:
             row |= {

@@ -237,10 +237,13 @@ def fit(
         allow=config.allow_targets,
     )
     outcome = Outcome(config, run_dir, overrides, prepared, plan.forecast, trainer, module, throughput)
-    with watch.over(trainer), recording(outcome, loggers), restoring(started, module) as path:
-        trainer.fit(module, datamodule=data, ckpt_path=path)
-    if trainer.is_global_zero:
-        print_result(outcome)
+    try:
+        with watch.over(trainer), recording(outcome, loggers), restoring(started, module) as path:
+            trainer.fit(module, datamodule=data, ckpt_path=path)
+        if trainer.is_global_zero:
+            print_result(outcome)
+    finally:
+        graceful_stop(trainer).restore()
     return outcome.best_loss()
 
 
@@ -311,12 +314,9 @@ def recording(outcome: Outcome, loggers: list[Any]) -> Iterator[None]:
             raise SystemExit(130) from None
         raise
     finally:
-        try:
-            finish(loggers, well=status == "done")
-            if outcome.trainer.is_global_zero:
-                leave(outcome, status)
-        finally:
-            graceful_stop(outcome.trainer).restore()
+        finish(loggers, well=status == "done")
+        if outcome.trainer.is_global_zero:
+            leave(outcome, status)
 
 
 def graceful_stop(trainer: L.Trainer) -> GracefulStop:
