@@ -1,7 +1,9 @@
 """What a run says of itself: the forecast before it, summary.json and the closing panel after it."""
 
+import errno
 import logging
 import math
+import os
 import platform
 import resource
 import shlex
@@ -150,6 +152,8 @@ def versions() -> dict[str, str]:
 def print_result(outcome: Outcome) -> None:
     """The closing panel and a sample, on stdout."""
     summary, best = read_summary(outcome.run_dir), outcome.best()
+    if not summary:  # the folder has gone at the last moment
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(outcome.run_dir / "summary.json"))
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(overflow="fold")  # a path that is cut short is of no use
