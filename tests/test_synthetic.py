@@ -14,7 +14,10 @@ def test_the_entropy_of_a_chain_that_can_be_solved_by_hand():
     source = Source(2, 1, seed=0)
     a, b = 0.1, 0.4  # from the first letter to the second, and back
     source.table = np.array([[1 - a, a], [b, 1 - b]])
-    binary = lambda p: -p * np.log(p) - (1 - p) * np.log(1 - p)  # noqa: E731
+
+    def binary(p):
+        return -p * np.log(p) - (1 - p) * np.log(1 - p)
+
     assert source.stationary == pytest.approx([b / (a + b), a / (a + b)], abs=1e-12)
     assert source.entropy == pytest.approx((b * binary(a) + a * binary(b)) / (a + b), abs=1e-12)
 
