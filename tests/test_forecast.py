@@ -110,21 +110,21 @@ def test_a_step_too_large_to_try_is_extended_from_a_small_one(monkeypatch):
     monkeypatch.setattr("tinygpt.forecast.PROBE_FLOPS", 0)
     tried = []
 
-    def measured(self, model, rows, micro):
-        tried.append((model.config.n_layer, rows, micro))
-        return 0.25 + model.config.n_layer
+    def parts(self, n_layer, rows):
+        tried.append((n_layer, rows))
+        return 0.25 + n_layer, 0.5 + n_layer
 
-    monkeypatch.setattr(Probe, "measured_step", measured)
-    assert probe(n_layer=5).step_seconds(share=8, micro=4) == 8 * (0.25 + 5)
-    assert tried == [(1, 1, 1), (2, 1, 1)]  # nothing of the full size is run
+    monkeypatch.setattr(Probe, "step_parts", parts)
+    assert probe(n_layer=5).step_seconds(share=8, micro=4) == 8 * (0.25 + 5) + (0.5 + 5)  # one update for all of them
+    assert tried == [(1, 1), (2, 1)]  # nothing of the full size is run
     assert probe().validation_seconds(trained=3.0) == 1.0
 
 
 def test_a_machine_that_is_busy_elsewhere_gives_no_time_below_zero(monkeypatch):
     """The second layer seemed to take less than none."""
     monkeypatch.setattr("tinygpt.forecast.PROBE_FLOPS", 0)
-    monkeypatch.setattr(Probe, "measured_step", lambda self, model, rows, micro: 2.0 / model.config.n_layer)
-    assert probe(n_layer=12).step_seconds(share=1, micro=1) > 2.0
+    monkeypatch.setattr(Probe, "step_parts", lambda self, n_layer, rows: (2.0 / n_layer, 1.0 / n_layer))
+    assert probe(n_layer=12).step_seconds(share=1, micro=1) > 3.0
 
 
 def test_a_forecast_leaves_the_random_state_alone():

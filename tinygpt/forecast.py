@@ -126,7 +126,7 @@ class Probe:
             return micro
         while micro > 1:
             try:
-                self.run_step(self.model(), None, self.tokens(micro), micro)
+                self.take_gradients(self.model(), self.tokens(micro), micro)
                 return micro
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
@@ -134,29 +134,46 @@ class Probe:
         return micro
 
     def step_seconds(self, share: int, micro: int) -> float:
-        """Seconds of one optimizer step. A step too large to try is measured with one sequence and with one and two
-        layers, and extended along both: time is a line in each."""
+        """Seconds of one optimizer step. A step too large to try is measured with fewer sequences and with one and two
+        layers, and extended along both: time is a line in each. The update is paid once, however many sequences."""
         if self.shards == 1 and (self.device.type != "cpu" or self.flops * share <= PROBE_FLOPS):
-            return self.measured_step(self.model(), share, micro)
-        rows = micro if self.device.type == "cuda" else 1
-        one, two = (self.measured_step(self.model(n), rows, rows) for n in (1, 2))
+            model, batch = self.model(), self.tokens(share)
+            updater = make_optimizer(model, self.optimizer)
+
+            def work() -> None:
+                self.take_gradients(model, batch, micro)
+                self.update(model, updater)
+                updater.zero_grad()
+
+            return timed(work, self.device)
         flops = [flops_per_token(self.model(n)) for n in (1, 2)]
-        least = one * (flops[1] / flops[0] - 1) / 2  # what a program beside us takes may hide the second layer
-        return share / rows * (one + max(two - one, least) * (self.config.n_layer - 1))
+        few = max(1, int(PROBE_FLOPS / (flops[1] * self.config.block_size)))
+        rows = micro if self.device.type == "cuda" else min(micro, few)
+        gradients, updates = zip(*(self.step_parts(n, rows) for n in (1, 2)), strict=True)
+        layer = flops[1] / flops[0] - 1
+        return share / rows * self.extended(*gradients, layer) + self.extended(*updates, layer)
 
-    def measured_step(self, model: GPT, rows: int, micro: int) -> float:
-        batch, updater = self.tokens(rows), make_optimizer(model, self.optimizer)
-        return timed(lambda: self.run_step(model, updater, batch, micro), self.device)
+    def step_parts(self, n_layer: int, rows: int) -> tuple[float, float]:
+        """Seconds to take the gradients of `rows` sequences, and to update the weights with them."""
+        model, batch = self.model(n_layer), self.tokens(rows)
+        updater = make_optimizer(model, self.optimizer)
+        gradients = timed(lambda: self.take_gradients(model, batch, rows), self.device)
+        return gradients, timed(lambda: self.update(model, updater), self.device)
 
-    def run_step(self, model: GPT, optimizer: torch.optim.Optimizer | None, batch: Tensor, micro: int) -> None:
+    def extended(self, one: float, two: float, layer: float) -> float:
+        """Seconds with all layers, from those with one and with two. layer: the part of `one` that a second should add;
+        half of it is taken at least, because what a program beside us takes may hide the second layer."""
+        return one + max(two - one, one * layer / 2) * (self.config.n_layer - 1)
+
+    def take_gradients(self, model: GPT, batch: Tensor, micro: int) -> None:
         for part in batch.split(micro):
             with self.context():
                 loss = next_token_loss(model, model.features(part[:, :-1]), part[:, 1:], "mean")
             loss.backward()
+
+    def update(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
 
     @torch.inference_mode()
     def validation_seconds(self, trained: float) -> float:
