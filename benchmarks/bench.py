@@ -56,7 +56,8 @@ def throughput(found: dict[str, Any]) -> Iterator[Row]:
         ours, theirs = (
             f"{sum(row[key] for row in rows) / len(rows):.0f} tok/s" for key in (f"ours_{name}", "peer_tokens_per_second")
         )
-        yield ratio_row(f"training {model}, {name}, {peer}", "1.25" if peer == "nanogpt" else "1.3", ours, theirs, ratio)
+        target = {"nanogpt": "1.25", "transformers": "1.3", "litgpt": "1.3"}.get(peer, "")
+        yield ratio_row(f"training {model}, {name}, {peer}", target, ours, theirs, ratio)
 
 
 def generation(found: dict[str, Any]) -> Iterator[Row]:
@@ -103,7 +104,8 @@ def commands(nanogpt: str, quick: bool) -> Iterator[list[str]]:
     yield ["quality.py", *short]
     transformers = ["--transformers"] if find_spec("accelerate") else []
     litgpt = ["--litgpt"] if find_spec("litgpt") and not quick else []
-    yield ["throughput.py", *peer, *transformers, *litgpt, *short]
+    compiled = [] if quick else ["--compiled"]
+    yield ["throughput.py", *peer, *transformers, *litgpt, *compiled, *short]
     yield ["generation.py", *peer, *short]
     yield ["prepare.py", *short]
 

@@ -1,13 +1,14 @@
 """Training tokens a second, like for like: the same shape, batch, block and AdamW, against nanoGPT's `train.py`, the Trainer
 of transformers and litgpt's pretraining, each as its users run it, on a CPU in float32.
 
-    python benchmarks/throughput.py [--nanogpt PATH] [--litgpt] [--transformers] [--rounds 3] [--quick]
+    python benchmarks/throughput.py [--nanogpt PATH] [--litgpt] [--transformers] [--compiled] [--rounds 3] [--quick]
 
 Every program runs as a process of its own, in turn; a hook of torch's own notes the time of each optimizer step, and what
 counts is the median of the steps after the first five. Ours runs twice: with its products in float32, as the peers', and
 with `matmul_precision=fastest` (bfloat16 products where the CPU has units for them). litgpt compiles its model, which takes
-minutes before the first step and is not counted. --litgpt and --transformers need those packages installed (litgpt may be
-on PYTHONPATH). Writes benchmarks/results/throughput.json, but for --quick.
+minutes before the first step and is not counted. --compiled takes our own `compile=true` for a peer, its compiling not
+counted either. --litgpt and --transformers need those packages installed (litgpt may be on PYTHONPATH). Writes
+benchmarks/results/throughput.json, but for --quick.
 """
 
 import argparse
@@ -49,12 +50,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 OURS = """
 from tinygpt.forecast import Probe
-timed = Probe.measured_step  # the forecast's own steps do not count
-def measured_step(*arguments):
-    seconds = timed(*arguments)
+measured = Probe.step_seconds  # the forecast's own steps do not count
+def step_seconds(*arguments):
+    seconds = measured(*arguments)
     times.clear()
     return seconds
-Probe.measured_step = measured_step
+Probe.step_seconds = step_seconds
 """
 TRANSFORMERS = """
 start()
@@ -117,6 +118,7 @@ SHAPES = {
     "gpt2_small": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 128, "vocab_size": 50257, "bias": True},
 }
 BATCH = {"nano": 12, "mini": 4, "gpt2_small": 4}
+COMPILED = "compile=true"
 STEPS = {"nano": 250, "mini": 25, "gpt2_small": 13}
 
 
@@ -159,6 +161,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--transformers", action="store_true")
     parser.add_argument("--litgpt", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round; nothing is written")
     arguments = parser.parse_args()
@@ -175,6 +178,8 @@ def main() -> None:
         ):
             for model in ("mini", "gpt2_small") if wanted else ():
                 contests.append((peer, model, lambda code=code, model=model: with_model(code, model, folder)))
+        for model in SHAPES if arguments.compiled else ():
+            contests.append((COMPILED, model, lambda model=model: ours(model, folder, "compile=true")))
         rounds = []
         for number in range(1 if arguments.quick else arguments.rounds):
             for peer, model, measure in contests:
@@ -184,8 +189,9 @@ def main() -> None:
                     "model": model,
                     "peer_tokens_per_second": measure(),
                     "ours_float32": ours(model, folder),
-                    "ours_fastest": ours(model, folder, "matmul_precision=fastest"),
                 }
+                if peer != COMPILED:
+                    row["ours_fastest"] = ours(model, folder, "matmul_precision=fastest")
                 rounds.append(row)
                 print(json.dumps(row), flush=True)
     ratios = {
@@ -197,7 +203,7 @@ def main() -> None:
             ]
         )
         for peer, model, _ in contests
-        for name in ("float32", "fastest")
+        for name in (("float32",) if peer == COMPILED else ("float32", "fastest"))
     }
     print(json.dumps(ratios, indent=1))
     write_result(
