@@ -367,12 +367,13 @@ def test_a_run_that_is_done_goes_on_when_its_budget_grows(tmp_path):
 def test_a_resumed_run_in_a_new_directory_takes_the_stored_config_and_the_overrides(tmp_path):
     first = run(tmp_path, "first", optimizer={"lr": 3e-3, "schedule": "constant"})
     old = (first / "metrics.csv").read_text()
+    said = {"lr": 0.5, "weight_decay": 0.25, "betas": [0.5, 0.6]}
     second = run(
         tmp_path,
         "second",
-        ["resume=first", "trainer.max_steps=9", "optimizer.lr=0.5"],
+        ["resume=first", "trainer.max_steps=9", *(f"optimizer.{name}={value}" for name, value in said.items())],
         steps=9,
-        optimizer={"lr": 0.5},
+        optimizer=said,
         resume="first",
     )
     assert (first / "metrics.csv").read_text() == old
@@ -382,6 +383,9 @@ def test_a_resumed_run_in_a_new_directory_takes_the_stored_config_and_the_overri
     assert card["optimizer"]["schedule"] == "constant"  # stored
     assert card["trainer"]["max_steps"] == 9
     assert column(second, "lr")[-1] == (9, 0.5)
+    decayed, rest = opened(second)["optimizer_states"][0]["param_groups"]
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.25, 0.0)
+    assert [tuple(group["betas"]) for group in (decayed, rest)] == [(0.5, 0.6)] * 2
     assert summary(second)["steps"] == 9
 
 

@@ -267,8 +267,9 @@ class Engine:
         logits = self.model.head(chosen)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         sound = logits.sum(-1).isfinite().tolist()  # one pass, where isfinite() makes four
+        for job in jobs:
+            job.read += 1  # of all before any row moves: what has just been written moves with it
         for job, fine in zip(jobs, sound, strict=True):
-            job.read += 1
             if job.request.score_prompt and job.drawn == 0:
                 self._deliver(job, Read([*job.scores, *self._last_prompt_token(job)]))
             if not fine:

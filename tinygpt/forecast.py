@@ -126,12 +126,20 @@ class Probe:
             return micro
         while micro > 1:
             try:
-                self.take_gradients(self.model(), self.tokens(micro), micro)
+                self.try_steps(micro)
                 return micro
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 micro = -(-micro // 2)
         return micro
+
+    def try_steps(self, rows: int) -> None:
+        """Two steps: in the second, the moments are there beside what the backward pass keeps."""
+        model, batch = self.model(), self.tokens(rows)
+        updater = make_optimizer(model, self.optimizer)
+        for _ in range(2):
+            self.take_gradients(model, batch, rows)
+            self.update(model, updater)
 
     def step_seconds(self, share: int, micro: int) -> float:
         """Seconds of one optimizer step. A step too large to try is measured with fewer sequences and with one and two

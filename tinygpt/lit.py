@@ -65,6 +65,12 @@ class LitGPT(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.optimizer_config)
 
+    def on_train_start(self) -> None:
+        """A resumed run trains by its own settings; those in the optimizer's state are of the run before."""
+        fresh = make_optimizer(self.model, self.optimizer_config)
+        for group, own in zip(self.trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
+            group.update({name: value for name, value in own.items() if name not in ("params", "lr")})
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)

@@ -97,7 +97,8 @@ class Muon(torch.optim.Optimizer):
             "momentum": momentum,
             "weight_decay": muon_weight_decay,
         }
-        super().__init__([muon, *rest], {"lr": lr, "lr_ratio": 1.0, "betas": betas, "eps": eps})
+        # fused: by it load_state_dict puts "step" on the weights' device, where the fused kernel reads it
+        super().__init__([muon, *rest], {"lr": lr, "lr_ratio": 1.0, "betas": betas, "eps": eps, "fused": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

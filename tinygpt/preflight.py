@@ -45,13 +45,15 @@ def preflight(config: TrainConfig) -> str:
 def try_trainer(settings: dict[str, Any], device: str, callbacks: list[L.Callback], allow: Sequence[str]) -> None:
     """UserError where Lightning refuses to make the Trainer, with the setting that is the reason."""
 
-    def make(without: str = "") -> None:
+    def make(without: str = "") -> torch.device:
         given = {name: value for name, value in settings.items() if name != without}
-        make_trainer(given, steps=1, device=device, run_dir=Path(), callbacks=callbacks, loggers=[], allow=allow)
+        trainer = make_trainer(given, steps=1, device=device, run_dir=Path(), callbacks=callbacks, loggers=[], allow=allow)
+        return trainer.strategy.root_device
 
     threads = torch.get_num_threads()
     try:
-        make()
+        if (own := make()).type == "cuda":
+            torch.cuda.set_device(own)  # the forecast measures where this process will train
     except UserError as error:
         reason = next((name for name in settings if name != "_target_" and succeeds(partial(make, name))), None)
         if reason is None or f"trainer.{reason}=" in str(error):
@@ -62,7 +64,7 @@ def try_trainer(settings: dict[str, Any], device: str, callbacks: list[L.Callbac
         torch.set_num_threads(threads)  # which several processes on one machine divide
 
 
-def succeeds(work: Callable[[], None]) -> bool:
+def succeeds(work: Callable[[], object]) -> bool:
     try:
         work()
     except UserError:

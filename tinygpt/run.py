@@ -80,6 +80,11 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
             f"{error.filename or run_dir} cannot be written: {error.strerror}",
             "make room or choose another hydra.run.dir; the checkpoints that are there are whole",
         ) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU has too little memory for this run",
+            "choose a smaller data.micro_batch_size, model.block_size or model, or trainer=fsdp on several GPUs",
+        ) from error
 
 
 def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> float | None:

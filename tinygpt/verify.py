@@ -4,6 +4,7 @@ The run is trained twice, in processes of their own; the second is killed with S
 everything that they leave is compared, bit for bit.
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -24,7 +25,8 @@ from tinygpt.summary import read_metrics, read_summary
 
 TIMING = ("tokens_per_second", "mfu", "seconds")
 LOOPS = ("loops", "epoch")  # Lightning's own counters, of which a resumed run has others
-OWN = ("verify_resume=", "hydra.run.dir=", "resume=")  # what the two runs have otherwise
+OWN = ("verify_resume=", "hydra.run.dir=", "resume=", "logger", "trainer.log_every_n_steps=")  # what the runs have otherwise
+LOGGED = ("logger=csv", "trainer.log_every_n_steps=1")  # so that each step is seen as it is taken, and here alone
 
 
 @dataclass
@@ -88,7 +90,7 @@ def command(run_dir: Path) -> list[str]:
     """This process's own command, for a run in `run_dir`."""
     script, *arguments = sys.argv
     kept = [argument for argument in arguments if not argument.startswith(OWN)]
-    return [sys.executable, script, *kept, "resume=auto", f"hydra.run.dir='{run_dir}'"]
+    return [sys.executable, script, *kept, *LOGGED, "resume=auto", f"hydra.run.dir='{run_dir}'"]
 
 
 def finish(run_dir: Path) -> None:
@@ -108,7 +110,8 @@ def kill_at(run_dir: Path, step: int) -> None:
         while process.poll() is None and logged(run_dir) < step:
             time.sleep(0.005)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
