@@ -38,7 +38,7 @@ def race(found: dict[str, Any]) -> Iterator[Row]:
 def quality(found: dict[str, Any]) -> Iterator[Row]:
     for row in found["rows"]:
         loss, seconds = row["val_loss"], row["seconds"]["mean"]
-        around = f"{loss['min']:.4f} to {loss['max']:.4f}"
+        around = "one seed" if len(found["seeds"]) == 1 else f"{loss['min']:.4f} to {loss['max']:.4f}"
         yield (
             f"loss of {row['experiment']}",
             f"{row['target']:.2f} or less",

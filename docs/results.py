@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,15 @@ def ablation() -> str:
     if not (RESULTS / "ablation.json").exists():
         return "Not measured yet; `benchmarks/ablation.py` does it."
     found = read("ablation")
-    rows = [(row["what"], ranged(row["val_loss"], 3)) for row in found["rows"]]
-    seeds = ", ".join(map(str, found["seeds"]))
-    head = ("", f"validation loss, mean over seeds {seeds}")
-    return f"{table(head, rows)}\n\n{place(found)}"
+    seeds, spans = found["seeds"], read("race")["val_loss"]["ours"]
+    one = f"validation loss, seed {seeds[0]}"
+    head = ("", one if len(seeds) == 1 else f"validation loss, mean over seeds {', '.join(map(str, seeds))}")
+    rows = [(row["what"], several(row["val_loss"], len(seeds), 3)) for row in found["rows"]]
+    chance = (
+        f"The recipe's own seeds lie between {spans['min']:.3f} and {spans['max']:.3f} (`race.py`): a difference of that "
+        "size may be chance."
+    )
+    return f"{table(head, rows)}\n\n{chance}\n\n{place(found)}"
 
 
 def reliability() -> str:
@@ -65,6 +71,11 @@ def ranged(spread: dict[str, float], digits: int) -> str:
     """Mean, and range in brackets."""
     mean, low, high = (f"{spread[name]:.{digits}f}" for name in ("mean", "min", "max"))
     return f"{mean} ({low} to {high})"
+
+
+def several(spread: dict[str, float], seeds: int, digits: int) -> str:
+    """As `ranged`; of one seed there is no range."""
+    return ranged(spread, digits) if seeds > 1 else f"{spread['mean']:.{digits}f}"
 
 
 def measured() -> str:
@@ -203,9 +214,22 @@ def parity_loss() -> str:
     return f"validation loss {ranged(read('nanogpt_parity')['tinygpt'], 4)}, `nanogpt_parity.json`"
 
 
+def race_loss() -> str:
+    return f"validation loss {ranged(read('race')['val_loss']['ours'], 4)}, [against nanoGPT's time](speed.md)"
+
+
+def quality_loss(name: str) -> str:
+    found = read("quality")
+    row = next(row for row in found["rows"] if row["experiment"] == name)
+    seeds = len(found["seeds"])
+    return f"validation loss {several(row['val_loss'], seeds, 4)}, {seeds} seed{'s' * (seeds > 1)}, `quality.json`"
+
+
 # What is known of a recipe; one that is not here has not been measured by us.
 OF_EXPERIMENT = {
     "shakespeare_char_cpu": parity_loss,
+    "shakespeare_char_cpu_fast": race_loss,
+    **{name: partial(quality_loss, name) for name in ("shakespeare_char_cpu_100s", "shakespeare_char_cpu_10min")},
     **{f"imdb{name}_small": lambda: "in equal time: [IMDB](imdb.md#against-the-reference)" for name in ("", "_reference")},
 }
 

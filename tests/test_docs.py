@@ -23,6 +23,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 OURS = ("index", "train", "sweeps", "recipes", "model", "configuration", "coming-from", "faq")
 COMMANDS = sorted({line for page in PAGES for line in commands_of(page)})
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 SCRIPTS = {line: shlex.split(line) for line in COMMANDS if re.match(r"python \w+\.py", line)}
 TINY_TEXT = "it's, a=[text].txt"  # what tiny_home's run was trained on
 LOCAL = re.compile(r"(?!https?:|//)")
@@ -118,6 +119,12 @@ def test_the_shapes_are_those_of_the_modules(generate):
 
 def test_the_docs_show_commands():
     assert len(SCRIPTS) > 20
+
+
+@pytest.mark.parametrize("line", [*SCRIPTS, *(line for line in commands_of(ROOT / "README.md") if "pip" not in line)])
+def test_no_shell_changes_a_command(line):
+    """zsh looks for files of such a name, bash writes a brace twice."""
+    assert not re.search(r"[\[\](){}*?]", QUOTED.sub("", line.partition(" #")[0])), line
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("make ")])

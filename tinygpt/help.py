@@ -32,7 +32,7 @@ EXAMPLES = {
     ),
     "serve": (
         "python serve.py ckpt=latest",
-        "python serve.py ckpt={custom:outputs/a,other:outputs/b} port=8080",
+        "python serve.py 'ckpt={custom:outputs/a,other:outputs/b}' port=8080",
     ),
 }
 
