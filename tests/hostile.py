@@ -276,6 +276,8 @@ FILES = {
 
 PLANTED = {"_target_": "os.mkdir", "path": EXPLODED}
 TIMER = {"_target_": "torch.utils.benchmark.Timer", "setup": f"pass\rimport os\ros.mkdir({EXPLODED!r})"}
+LAMBDA = {"_target_": "lightning.pytorch.callbacks.LambdaCallback"}
+RUN = {"_target_": "subprocess.Popen", "args": ["mkdir", EXPLODED]}
 EARLY = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss"}
 
 STATES = {
@@ -291,10 +293,15 @@ STATES = {
         config(lambda c: c["callbacks"].update(x={"_target_": "tinygpt.checkpoint.sync_folder", "folder": "."})),
         "is no Callback",
     ),
+    "a target that it allows itself": (
+        config(lambda c: c.update(allow_targets=["subprocess"], callbacks={"x": {**LAMBDA, "on_fit_start": RUN}})),
+        "subprocess.Popen is not allowed",
+    ),
     "no config": (card(config={}), "model is not"),
     "data that is none": (config(lambda c: c.update(data=3)), "data is not"),
     "data with more": (config(lambda c: c["data"].update(wings=2)), "wings"),
     "a seed of text": (config(lambda c: c.update(seed="lucky")), "seed is not"),
+    "steps below none": (saved(lambda c: c.update(global_step=-3)), "global_step is below 0"),
     "no steps": (saved(lambda c: c.update(global_step="many")), "global_step"),
     "loops of text": (saved(lambda c: c.update(loops={"fit_loop": "x"})), "its loops hold more than numbers"),
     "callbacks of text": (

@@ -142,17 +142,6 @@ def test_a_file_cut_short_at_any_length_is_refused(file):
         assert "outputs/latest" in error.value.hint
 
 
-def test_bytes_gone_bad_are_refused_or_harmless(file):
-    whole, refused = file.read_bytes(), 0
-    for place in range(0, len(whole), len(whole) // 60):
-        file.write_bytes(whole[:place] + b"\xff\x00\xff\x00" + whole[place + 4 :])
-        try:
-            load(file)
-        except UserError:
-            refused += 1
-    assert refused  # some places are the archive's own; in a tensor a changed byte is only another number
-
-
 @pytest.mark.parametrize(
     "foreign",
     [

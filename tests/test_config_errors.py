@@ -165,7 +165,6 @@ TRAINER = {  # values that no run could use, by argument of Lightning's
     "max_steps": ("abc", 0, -5, 1.5, math.inf, math.nan, True, 10**30),
     "max_tokens": ("abc", 0, math.inf),
     "max_epochs": ("abc", 0, -1, math.inf),
-    "min_epochs": ("abc", 1.5),
     "min_steps": ("abc", 1.5),
     "max_time": ("abc", 3, {"hours": "many"}, {"ages": 1}),
     "limit_train_batches": ("abc", -1, 1.5),

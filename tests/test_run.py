@@ -122,6 +122,21 @@ def test_a_run_stopped_by_a_signal_ends_as_if_it_had_not_been(tmp_path, monkeypa
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
 
 
+def test_what_a_killed_process_left_of_a_checkpoint_is_removed(tmp_path):
+    left = tmp_path / "run" / "checkpoints" / "last.ckpt.tmp-17"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half of it")
+    run(tmp_path)
+    assert not left.exists()
+
+
+def test_a_folder_in_the_place_of_the_link_costs_the_link_alone(tmp_path, caplog):
+    (tmp_path / "outputs" / "latest").mkdir(parents=True)
+    assert summary(run(tmp_path))["status"] == "done"
+    assert "cannot name this run" in caplog.text
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["latest"]
+
+
 @pytest.mark.parametrize("step", [0, 8, 14, 19])
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch, whole, step):
     with monkeypatch.context() as patch:
@@ -286,18 +301,27 @@ def test_a_signal_in_the_last_validation_lets_the_run_end(tmp_path, monkeypatch,
     assert_same_run(run(tmp_path, **HARD), whole_slowly)
 
 
-def test_slurms_warning_queues_the_job_again(tmp_path, monkeypatch, whole):
+def test_a_warning_that_sigterm_follows_is_still_one(monkeypatch):
+    stop = GracefulStop()
+    stop.on_signal(signal.SIGUSR1, None)
+    stop.on_signal(signal.SIGTERM, None)
+    assert stop.signal == signal.SIGUSR1
+
+
+@pytest.mark.parametrize(("job", "said"), [({}, "17"), ({"ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "3"}, "12_3")])
+def test_slurms_warning_queues_the_job_again(tmp_path, monkeypatch, whole, job, said):
     tool = tmp_path / "scontrol"
     tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    for name, value in {"JOB_ID": "17", **job}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
     with monkeypatch.context() as patch:
         patch.setattr(GracefulStop, "agree", lambda self, trainer: signal.SIGUSR1 * (trainer.global_step == 5))
         with pytest.raises(SystemExit) as left:
             run(tmp_path, **HARD)
     assert left.value.code == 143
-    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert (tmp_path / "asked").read_text() == f"requeue {said}\n"
     monkeypatch.delenv("SLURM_JOB_ID")
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
 
@@ -519,8 +543,31 @@ def test_a_run_ended_by_its_loss_is_done(tmp_path, capsys):
     before = summary(run_dir)
     run(tmp_path, resume="auto", **changes)
     assert summary(run_dir) == before
+    (run_dir / "summary.json").unlink()  # killed before it could say so
+    run(tmp_path, resume="auto", **changes)
+    assert (summary(run_dir)["status"], summary(run_dir)["steps"]) == ("done", before["steps"])
     run(tmp_path, resume="auto", **{**changes, "stop_at_loss": 2.6})
     assert summary(run_dir)["steps"] > before["steps"]
+
+
+def test_a_least_number_of_steps_is_all_that_it_is(tmp_path):
+    run_dir = run(tmp_path, steps=200, every=4, stop_at_loss=2.7, trainer={"min_steps": 30})
+    straight = run(tmp_path, "straight", steps=200, every=4, stop_at_loss=2.7)
+    assert 30 <= summary(run_dir)["steps"] <= max(32, summary(straight)["steps"])
+    steps = [int(row["step"]) for row in rows(run_dir)]
+    assert steps == list(range(summary(run_dir)["steps"] + 1))
+
+
+def test_a_run_without_validations_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"limit_val_batches=0"):
+        run(tmp_path, trainer={"limit_val_batches": 0})
+
+
+def test_a_run_that_its_clock_ends_writes_each_step_once(tmp_path):
+    run_dir = run(tmp_path, steps=10**6, every=10**6, trainer={"max_time": "00:00:00:02"})
+    steps = [int(row["step"]) for row in rows(run_dir)]
+    assert steps == list(range(len(steps)))
+    assert rows(run_dir)[-1]["val/loss"]
 
 
 def test_early_stopping(tmp_path):

@@ -270,7 +270,7 @@ class _Reader(pickle._Unpickler):
     ) -> Spec:
         if not isinstance(storage, _Storage) or hooks or metadata or len(size) != len(stride):
             raise Refused("a tensor of it is more than numbers")
-        if not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
+        if len(size) > 64 or not all(isinstance(n, int) and 0 <= n < 2**63 for n in (offset, *size, *stride)):
             raise Refused(f"a tensor of it has the impossible shape {shorten(size)}")
         count = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else -1

@@ -22,7 +22,7 @@ from torch import Tensor
 from tinygpt.checkpoint import durable_save, sync_folder
 from tinygpt.config import UserError
 from tinygpt.generate import generate, opening
-from tinygpt.lit import LitGPT
+from tinygpt.lit import LitGPT, stopping
 from tinygpt.tokenizer import Tokenizer
 
 log = logging.getLogger("tinygpt")
@@ -50,7 +50,12 @@ class DurableIO(TorchCheckpointIO):
 def validation_due(trainer: L.Trainer) -> bool:
     """Whether a validation follows the step that has just been taken."""
     every, step = trainer.val_check_batch, trainer.global_step
-    return step == trainer.max_steps or trainer.should_stop or (every is not None and step % every == 0)
+    return step == trainer.max_steps or stopping(trainer) or (every is not None and step % every == 0)
+
+
+def ending(trainer: L.Trainer) -> bool:
+    """Whether no step is to follow."""
+    return stopping(trainer) or trainer.global_step >= trainer.max_steps
 
 
 class ValidateAtEnds(L.Callback):
@@ -300,7 +305,8 @@ class GracefulStop(L.Callback):
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        if self.signal != signal.SIGUSR1:  # SIGTERM follows that warning, whose job is still to be queued again
+            self.signal = number
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not validation_due(trainer) and (number := self.agree(trainer)):
@@ -308,13 +314,12 @@ class GracefulStop(L.Callback):
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """A validation may take longer than a cluster waits; the resumed run begins with it. The last one is finished."""
-        last = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if not last and (number := self.agree(trainer)):
+        if not ending(trainer) and (number := self.agree(trainer)):
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()  # else Lightning leaves out what has been read
             self.leave(trainer, number)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step < trainer.max_steps and (number := self.agree(trainer)):
+        if not ending(trainer) and (number := self.agree(trainer)):
             self.leave(trainer, number)
 
     @staticmethod
@@ -343,7 +348,10 @@ class GracefulStop(L.Callback):
 
 def requeue() -> None:
     """Have SLURM start this job again, if there is one."""
-    if job := os.environ.get("SLURM_JOB_ID"):
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    if (
+        job := f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+    ):  # the id of one task may be the array's
         with contextlib.suppress(OSError):
             subprocess.run(["scontrol", "requeue", job], check=False)
 
@@ -356,6 +364,8 @@ def keep_newest(numbered: Path, keep: int) -> None:
         temporary.hardlink_to(numbered)
     except OSError:  # a disk without links
         shutil.copyfile(numbered, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
     temporary.replace(last)
     sync_folder(last.parent)
     steps = {int(path.stem[5:]): path for path in numbered.parent.glob("step-*.ckpt") if path.stem[5:].isdecimal()}

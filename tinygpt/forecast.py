@@ -157,9 +157,9 @@ class Probe:
         flops = [flops_per_token(self.model(n)) for n in (1, 2)]
         few = max(1, int(PROBE_FLOPS / (flops[1] * self.config.block_size)))
         rows = micro if self.device.type == "cuda" else min(micro, few)
-        gradients, updates = zip(*(self.step_parts(n, rows) for n in (1, 2)), strict=True)
+        (one, update), (two, second) = (self.step_parts(n, rows) for n in (1, 2))
         layer = flops[1] / flops[0] - 1
-        return share / rows * self.extended(*gradients, layer) + self.extended(*updates, layer)
+        return share / rows * self.extended(one, two, layer) + self.extended(update, second, layer)
 
     def step_parts(self, n_layer: int, rows: int) -> tuple[float, float]:
         """Seconds to take the gradients of `rows` sequences, and to update the weights with them."""

@@ -25,6 +25,11 @@ from tinygpt.optim import learning_rate, make_optimizer
 from tinygpt.sharding import shard
 
 
+def stopping(trainer: L.Trainer) -> bool:
+    """Whether the run ends before its budget; trainer.min_steps may not let it yet."""
+    return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
+
+
 class LitGPT(L.LightningModule):
     """Trains `model` with one optimizer for total_steps steps.
 
@@ -183,7 +188,7 @@ class LitGPT(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.refuse_broken_weights()
         checkpoint["tinygpt"], checkpoint["val_metrics"] = self.card, self.val_metrics
-        checkpoint["skipped_steps"] = self.finite_steps.skipped
+        checkpoint["skipped_steps"], checkpoint["stopped"] = self.finite_steps.skipped, stopping(self.trainer)
         if self.last_step:  # for the line in metrics.csv, where the run stops between a step and its validation
             step = {"train/loss": self.step_loss(), "grad_norm": float(self.last_step["grad_norm"])}
             checkpoint["last_step"] = {**step, "lr": self.last_lr}

@@ -33,8 +33,11 @@ def held(run_dir: Path) -> Iterator[None]:
 
 def refuse_in_use(run_dir: Path) -> None:
     """UserError where a process holds the run directory; nothing is left behind."""
-    if (run_dir / NAME).exists():
-        acquire(run_dir / NAME).close()
+    try:
+        if (run_dir / NAME).exists():
+            acquire(run_dir / NAME).close()
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written: {error.strerror}", "choose another hydra.run.dir") from error
 
 
 def acquire(path: Path) -> TextIO:

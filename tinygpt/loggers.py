@@ -49,7 +49,7 @@ class CSVLogger(Logger):
 
     def __init__(self, save_dir: str | Path) -> None:
         super().__init__()
-        self.path, self.begun = Path(save_dir) / "metrics.csv", False
+        self.path, self.begun, self.last = Path(save_dir) / "metrics.csv", False, -1
         self.seconds = 0.0  # what the kept lines had taken
         self.waiting: list[list[Any]] = []  # lines that the disk has refused so far
         self.warned = False
@@ -69,8 +69,10 @@ class CSVLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         assert step is not None
-        if not self.begun:
+        if not self.begun or step == self.last:  # a callback after ours has ended the run, which is then validated
+            self.begun, self.waiting = False, [line for line in self.waiting if line[0] != step]
             self.cut_back(step - 1)
+        self.last = step
         self.waiting.append([step, *("" if metrics.get(c) is None else metrics[c] for c in COLUMNS[1:])])
         self.flush()
 
@@ -118,6 +120,8 @@ class CSVLogger(Logger):
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(self.path)
         self.begun = True
         self.seconds = float(kept[-1]["seconds"] or 0) if kept else 0.0

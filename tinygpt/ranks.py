@@ -23,6 +23,15 @@ def launched() -> tuple[int, int] | None:
     return None
 
 
+def has_lost_contact(error: BaseException) -> bool:
+    """Whether an exception is that of a collective operation whose partner has gone."""
+    import torch.distributed
+
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    broken = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return broken or isinstance(error, torch.distributed.DistError)
+
+
 def give_way() -> None:
     """To be called before an error is said: where the first process ends with the same one, its launcher ends this one."""
     if launched() and not is_first():

@@ -13,6 +13,7 @@ from tinygpt.checkpoint import first_line, open_checkpoint, stored
 from tinygpt.config import TrainConfig, UserError
 from tinygpt.kinds import describe, fits
 from tinygpt.lit import LitGPT
+from tinygpt.ranks import has_lost_contact
 
 _NEEDED: dict[tuple[str, ...], dict[str, Any]] = {
     (): {"global_step": int, "optimizer_states": list, "callbacks": dict, "loops": dict},
@@ -32,6 +33,8 @@ def open_resumable(path: Path) -> dict[str, Any]:
         for name, kind in needed.items():
             if not fits(holder.get(name), kind):
                 raise UserError(f"no run can go on from {path}: its {name} is not {describe(kind)}", _ELSE)
+    if opened["global_step"] < 0:
+        raise UserError(f"no run can go on from {path}: its global_step is below 0", _ELSE)
     if not is_counts(opened["loops"]):
         raise UserError(f"no run can go on from {path}: its loops hold more than numbers", _ELSE)
     stored(TrainConfig, opened["tinygpt"]["config"], "a run")
@@ -73,7 +76,8 @@ def restoring(opened: dict[str, Any] | None, module: LitGPT) -> Iterator[str | N
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if opened is None or module.global_step > opened["global_step"]:
+        of_others = has_lost_contact(error) or (isinstance(error, OSError) and error.filename != path)
+        if opened is None or of_others or module.global_step > opened["global_step"]:
             raise
         message = f"the run cannot go on from {path}: {type(error).__name__}: {first_line(error)}"
         raise UserError(message, f"debug=true shows where; {_ELSE}") from error

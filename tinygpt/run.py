@@ -42,8 +42,10 @@ from tinygpt.resume import refuse_misfit, restoring
 from tinygpt.sharding import is_sharded
 from tinygpt.shards import Prepared, prepare
 from tinygpt.start import (
+    STORED,
     already_done,
     continued,
+    had_stopped,
     refuse_budget,
     refuse_changes,
     starting_checkpoint,
@@ -55,10 +57,6 @@ from tinygpt.watch import Watch
 
 log = logging.getLogger("tinygpt")
 
-STORED = (
-    *("model", "data", "optimizer", "trainer", "callbacks", "seed", "compile", "matmul_precision"),
-    *("skip_nonfinite", "stop_at_loss"),
-)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -89,6 +87,8 @@ def train(config: TrainConfig, run_dir: Path, overrides: Sequence[str] = ()) -> 
 
 def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> float | None:
     """`train`, in a run directory that is nobody else's."""
+    if not config.dry_run:
+        remove_unfinished(run_dir)
     started = starting_checkpoint(config, run_dir)
     if started is not None:
         config = continued(config, overrides, started["tinygpt"])
@@ -111,6 +111,13 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> float |
         return None
     model = make_model(config, prepared, init)
     return fit(config, run_dir, list(overrides), prepared, model, plan, started, device)
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """What a process that was killed has left of a checkpoint."""
+    if is_first():
+        for path in (run_dir / "checkpoints").glob("*.ckpt.tmp-*"):
+            path.unlink(missing_ok=True)
 
 
 # What it trains on
@@ -230,8 +237,9 @@ def fit(
     ]
     remember_ids(card, dict(zip(config.logger, loggers, strict=True)))
     throughput = Throughput()
-    watch, latest = Watch(run_dir, again=config.resume == "auto"), PointLatest()
-    callbacks = [latest, *make_callbacks(config, prepared, plan, throughput), watch]
+    watch = Watch(run_dir, again=config.resume == "auto")
+    stopped = [StayStopped()] if started is not None and had_stopped(config, started) else []
+    callbacks = [PointLatest(), *stopped, *make_callbacks(config, prepared, plan, throughput), watch]
     trainer = make_trainer(
         config.trainer,
         steps=plan.steps,
@@ -343,7 +351,17 @@ class PointLatest(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            point_latest(Path(trainer.default_root_dir))
+            try:
+                point_latest(Path(trainer.default_root_dir))
+            except OSError as error:  # a folder of that name, or a disk without links
+                log.warning("%s cannot name this run: %s", ckpt.LATEST, error.strerror)
+
+
+class StayStopped(L.Callback):
+    """A run that had stopped by itself, and was killed before it said so, has no steps to take."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = True
 
 
 def point_latest(run_dir: Path) -> None:
@@ -352,4 +370,7 @@ def point_latest(run_dir: Path) -> None:
     temporary = ckpt.LATEST.with_name(f"latest.tmp-{os.getpid()}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(run_dir.resolve(), ckpt.LATEST.parent.resolve()), target_is_directory=True)
-    temporary.replace(ckpt.LATEST)
+    try:
+        temporary.replace(ckpt.LATEST)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -11,6 +11,10 @@ from tinygpt.resume import open_resumable
 from tinygpt.shards import Prepared
 from tinygpt.summary import read_summary
 
+STORED = (  # what a checkpoint says of its run's config: nothing of the machine, and not what may be built
+    *("model", "data", "optimizer", "trainer", "callbacks", "seed", "compile", "matmul_precision"),
+    *("skip_nonfinite", "stop_at_loss"),
+)
 FIXED = ("model", "seed")  # what a resumed run may not change, beside corpus, tokenizer and global batch
 ENDS = ("trainer", "stop_at_loss", "callbacks")  # what decides when a run is done
 
@@ -37,7 +41,8 @@ def continued(config: TrainConfig, overrides: Sequence[str], card: dict[str, Any
         return replace(config, model=replace(ModelConfig(**card["model"]), dropout=config.model.dropout))
     if config.resume == "auto" or "experiment" in keys:
         return config
-    given, values = asdict(config), {**asdict(config), **card["config"]}
+    stored = {name: value for name, value in card["config"].items() if name in STORED}  # a file may say more
+    given, values = asdict(config), {**asdict(config), **stored}
     values["trainer"], values["data"] = dict(values["trainer"]), dict(values["data"])
     for key in keys:
         set_path(values, given, key.split("."))
@@ -65,11 +70,20 @@ def set_path(target: dict[str, Any], source: dict[str, Any], path: list[str]) ->
 def already_done(config: TrainConfig, run_dir: Path, started: dict[str, Any]) -> float | None:
     """The best loss of a run that has reached its budget, after saying so."""
     summary = read_summary(run_dir)
-    was = started["tinygpt"]["config"]
-    if summary.get("status") != "done" or any(was[name] != getattr(config, name) for name in ENDS):
+    if summary.get("status") != "done" or not same_end(config, started):
         return None
     print(f"{run_dir} is done: {summary['steps']} steps, best validation loss {summary['best_val_loss']:.4f}")
     return float(summary["best_val_loss"])
+
+
+def had_stopped(config: TrainConfig, started: dict[str, Any]) -> bool:
+    """Whether the run had ended before its budget, and is asked for with the same command."""
+    return config.resume == "auto" and started.get("stopped") is True and same_end(config, started)
+
+
+def same_end(config: TrainConfig, started: dict[str, Any]) -> bool:
+    was = started["tinygpt"]["config"]
+    return all(was.get(name) == getattr(config, name) for name in ENDS)
 
 
 def refuse_changes(config: TrainConfig, prepared: Prepared, checkpoint: dict[str, Any]) -> None:

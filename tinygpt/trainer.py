@@ -21,6 +21,7 @@ OURS = {
     "callbacks": "callbacks=... and callbacks.NAME._target_=...",
     "logger": "logger=csv, tensorboard, wandb or none",
     "default_root_dir": "hydra.run.dir=...",
+    "min_epochs": "trainer.min_steps=N: a run is one endless epoch",
     "num_sanity_val_steps": "nothing: every run begins with a whole validation",
     "check_val_every_n_epoch": "trainer.val_check_interval=N (optimizer steps)",
     "enable_checkpointing": "callbacks=none for no checkpoints",
@@ -43,6 +44,10 @@ def check_trainer(settings: dict[str, Any]) -> None:
     interval = settings.get("val_check_interval")
     if isinstance(interval, bool) or not isinstance(interval, int | None) or (interval is not None and interval < 1):
         raise UserError(f"trainer.val_check_interval={interval} is out of range", "it counts optimizer steps: 1 or more")
+    if settings.get("limit_val_batches") == 0:
+        raise UserError(
+            "trainer.limit_val_batches=0: without a validation there is no checkpoint", "data.val_tokens=N makes them short"
+        )
     for name, least in LEAST.items():
         if isinstance(value := settings.get(name), int) and value < least:
             raise UserError(f"trainer.{name}={value} is out of range", f"it must be at least {least}")
@@ -136,6 +141,7 @@ def make_trainer(
         "precision": precision(settings, device),
         "max_steps": steps,
         "max_epochs": -1,
+        "min_epochs": 0,  # else trainer.min_steps waits for the endless epoch's end
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,

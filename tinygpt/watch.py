@@ -25,7 +25,7 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from tinygpt.config import UserError
-from tinygpt.ranks import launched
+from tinygpt.ranks import has_lost_contact, launched
 from tinygpt.report import from_here
 
 PARENT = "TINYGPT_PARENT"  # the pid of the process that started this one for the same run
@@ -234,13 +234,6 @@ def leave_within(seconds: float) -> None:
 
 def store() -> Any:
     return torch.distributed.distributed_c10d._get_default_store()
-
-
-def has_lost_contact(error: BaseException) -> bool:
-    """Whether an exception is that of a collective operation whose partner has gone."""
-    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-    broken = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return broken or isinstance(error, torch.distributed.DistError)
 
 
 def is_gone(pid: int) -> bool:
