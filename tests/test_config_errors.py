@@ -157,7 +157,7 @@ def test_every_group_with_something_else(verb):
 
 TRAINER = {  # values that no run could use, by argument of Lightning's
     "accelerator": ("abc", 3, ["cpu"]),
-    "strategy": ("foo", 3, []),
+    "strategy": ("foo", 3, [], "ddp_spawn"),
     "devices": ("abc", 0, 1.5, -5, {"a": 1}, []),
     "num_nodes": ("abc", 1.5, 0, -1),
     "precision": (17, "abc", ["16"], 1.5),
@@ -303,8 +303,30 @@ def test_a_recipe_cannot_trust_a_package(tmp_path):
     cli.register("train", SCHEMAS["train"])
     with pytest.raises(UserError, match="is in a file of the config"):
         cli.compose("train", SCHEMAS["train"], conf, ["experiment=evil"])
-    with mock.patch.object(sys, "argv", ["train.py", "allow_targets=[theirs]"]):
-        assert cli.compose("train", SCHEMAS["train"], CONF, ["allow_targets=[theirs]"]).allow_targets == ["theirs"]
+    assert cli.compose("train", SCHEMAS["train"], CONF, ["allow_targets=[theirs]"]).allow_targets == ["theirs"]
+
+
+EVIL = {
+    "callbacks": "hydra: {callbacks: {x: {_target_: distutils.spawn.spawn, cmd: [mkdir, exploded]}}}",
+    "job_logging": "hydra: {job_logging: {formatters: {x: {(): os.mkdir, path: exploded}}}}",
+    "hydra_logging": "hydra: {hydra_logging: {handlers: {x: {class: subprocess.Popen, args: [mkdir, exploded]}}}}",
+    "loggers": "seed: 1\nhydra: {job_logging: {loggers: '${seed}'}}",
+}
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m", "seed=1,2")], ids=["a run", "a sweep"])
+@pytest.mark.parametrize("part", EVIL)
+def test_a_recipe_has_hydra_call_nothing(part, sweep, tmp_path, monkeypatch, capsys):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    (conf / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{EVIL[part]}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *sweep, "experiment=evil", "dry_run=true"])
+    with pytest.raises(SystemExit) as left:
+        cli.main("train", SCHEMAS["train"], lambda *_: None, conf)
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: hydra.{'job_logging.' if part == 'loggers' else ''}{part}")
+    assert {path.name for path in tmp_path.iterdir()} == {"conf"}
 
 
 GIANTS = [{"n_embd": 2**20}, {"n_layer": 1000, "n_embd": 2**19}]

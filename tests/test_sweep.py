@@ -211,7 +211,18 @@ REFUSED = [
     (("-m", "hydra/launcher=joblip", "seed=1,2"), "hydra/launcher=joblip", "joblib"),
     (("-m", "hydra.sweep.subdir=x", "seed=1,2"), "hydra.sweep.subdir=x", "numbered"),
     (("-m", "hydra.sweep.dir=/dev/null/x", "seed=1,2"), "/dev/null/x", "hydra.sweep.dir"),
-    (("-m", "resume=auto", "seed=1,2"), "resume=auto", "hydra.run.dir"),
+    (("-m", "resume=auto", "seed=1,2"), "resume=auto", "hydra.sweep.dir"),
+    (("-m", "resume=auto", "seed=1,2", "hydra.run.dir=x"), "resume=auto", "hydra.sweep.dir"),
+    (("resume=auto", "hydra.sweep.dir=x"), "resume=auto", "hydra.run.dir"),
+    (("-m", "resume=latest", "seed=1,2"), "resume=latest", "resume=auto"),
+    (("-m", "init_from=latest", "seed=1,2"), "init_from=latest", "its folder"),
+    (("-m", "init_from=outputs/latest/checkpoints/best.ckpt", "seed=1,2"), "outputs/latest", "its folder"),
+    (("-m", "verify_resume=true", "seed=1,2"), "verify_resume", "leave out -m"),
+    (("-m", "optimizer=1e-3,3e-3"), "optimizer=0.001", "--help"),
+    (("-m", "model=3", "seed=1,2"), "model=3", "--help"),
+    (("-m", "model=glob(lama*)"), "model=glob(lama*)", "no choice"),
+    (("-m", "seed=range(5,5)"), "seed=range(5,5)", "empty"),
+    (("-m", "sweep=optuna", "seed=range(5,5)"), "seed=range(5,5)", "empty"),
 ]
 
 
@@ -284,7 +295,13 @@ def test_a_signal_reaches_every_process_of_a_job(torchrun, home, number):
     wait_until(lambda: [left.read_text() for left in home.glob("left*")] == [f"{int(passed_on)} 7"] * 2)
 
 
-def test_a_warning_of_slurm_s_is_passed_on_as_one_that_torchrun_knows():
+def test_a_warning_of_slurm_s_is_passed_on_as_one_that_torchrun_knows(tmp_path, monkeypatch):
+    tool = tmp_path / "scontrol"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+
     def warned():
         with subprocess.Popen(["sleep", "60"]) as process, launch.passing_on(process):
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -292,7 +309,8 @@ def test_a_warning_of_slurm_s_is_passed_on_as_one_that_torchrun_knows():
 
     with pytest.raises(SystemExit) as leaving:
         warned()
-    assert leaving.value.code == 128 + signal.SIGUSR1
+    assert leaving.value.code == 128 + signal.SIGTERM  # as where a job is one process
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
 
 
 def wait_until(holds, process=None):
@@ -310,6 +328,7 @@ def wait_until(holds, process=None):
         ({"devices": 3}, 3),
         ({"devices": "2"}, 2),
         ({"devices": [0, 1]}, 2),
+        ({"devices": "0,1"}, 2),
         ({"accelerator": "cpu", "devices": "auto"}, 1),
     ],
 )
@@ -441,6 +460,7 @@ def test_a_search_that_was_killed_ends_as_if_it_had_not_been(found, home):
         ("sweep.seed=3", "another sweep.seed"),
         ("optimizer.lr=tag(log,interval(1e-5,1))", "another space of values"),
         ("optimizer.weight_decay=0.2", "another setting"),
+        ("trainer.max_steps=50", "another setting"),
     ],
 )
 def test_another_search_in_the_same_folder_is_refused(found, change, words):
@@ -492,3 +512,46 @@ def test_failed_trials(tmp_path):
         assert jobs() == ["2"]  # the first cannot be helped, the second is tried again with new values
     assert jobs(2) == ["3"]  # that one kills its process
     assert jobs() == []
+
+
+def test_a_disk_that_is_full_costs_no_trial_of_a_search(tmp_path):
+    pytest.importorskip("optuna")
+    from tinygpt.config import SweepConfig
+    from tinygpt.search import Search
+
+    def search():
+        return Search(tmp_path, SweepConfig(method="optuna", trials=1), {"seed": {"low": 0, "high": 99, "log": False}}, [])
+
+    (job,) = next(batches := search().batches())
+    job.folder.mkdir()
+    sweep.fail(job.folder, job.overrides, "no room", 2, again=True)
+    assert list(batches) == []
+    assert [job.folder.name for job in next(search().batches())] == ["1"]  # there is room again
+
+
+def test_a_trial_may_be_interrupted_as_often_as_one_likes(tmp_path):
+    pytest.importorskip("optuna")
+    from tinygpt.config import SweepConfig
+    from tinygpt.search import ATTEMPTS, Search
+    from tinygpt.summary import store_summary
+
+    for _ in range(ATTEMPTS + 2):
+        search = Search(tmp_path, SweepConfig(method="optuna", trials=1), {"seed": {"low": 0, "high": 9, "log": False}}, [])
+        (job,) = next(search.batches())
+        assert job.folder.name == "0"
+        job.folder.mkdir(exist_ok=True)
+        store_summary(job.folder, {"status": "interrupted"})
+
+
+def test_a_folder_is_of_a_grid_or_of_a_search(found, home):
+    folder, _ = found
+    grid = run_inside("train", *arguments("seed=1,2"), cwd=folder)
+    assert grid.code == 2
+    assert grid.stderr.startswith("error: sweep holds a search")
+    (home / "sweep/0/.hydra").mkdir(parents=True)
+    search = run_inside("train", *arguments(*SEARCH), cwd=home)
+    assert search.code == 2
+    assert search.stderr.startswith("error: sweep holds a grid")
+    dry = run_inside("train", *arguments(*SEARCH, "dry_run=true"), cwd=folder)
+    assert dry.code == 2
+    assert "dry_run" in dry.stderr

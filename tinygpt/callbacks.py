@@ -3,12 +3,10 @@
 Order matters where two act at the same moment; `run.py` puts them in the order that their docstrings ask for.
 """
 
-import contextlib
 import logging
 import os
 import shutil
 import signal
-import subprocess
 import threading
 from pathlib import Path
 from types import FrameType
@@ -23,6 +21,7 @@ from tinygpt.checkpoint import durable_save, sync_folder
 from tinygpt.config import UserError
 from tinygpt.generate import generate, opening
 from tinygpt.lit import LitGPT, stopping
+from tinygpt.ranks import requeue
 from tinygpt.tokenizer import Tokenizer
 
 log = logging.getLogger("tinygpt")
@@ -344,16 +343,6 @@ class GracefulStop(L.Callback):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}
-
-
-def requeue() -> None:
-    """Have SLURM start this job again, if there is one."""
-    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
-    if (
-        job := f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
-    ):  # the id of one task may be the array's
-        with contextlib.suppress(OSError):
-            subprocess.run(["scontrol", "requeue", job], check=False)
 
 
 def keep_newest(numbered: Path, keep: int) -> None:

@@ -20,7 +20,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tinygpt import launch, lock, multirun, sweep
@@ -31,6 +31,7 @@ from tinygpt.ranks import give_way, is_first, launched
 from tinygpt.search import EXAMPLE
 from tinygpt.summary import read_summary
 from tinygpt.sweep import remove_empty_above
+from tinygpt.targets import refuse_calls
 
 VERBATIM = ("prompt", "ckpt", "resume", "init_from", "out", "data.path", "gpt2", "api_key")
 NULLABLE = ("resume", "init_from", "out", "data.path", "gpt2", "api_key")  # elsewhere null is a word like any other
@@ -59,12 +60,12 @@ def main(verb: str, schema: type, work: Work, conf: Path) -> None:
         in_sweep = launch.JOB in os.environ  # whose launcher has prepared them
         overrides = argv if in_sweep else [prepare_override(argument) for argument in one_budget(argv)]
         if verb == "train" and is_sweep(argv):
-            check_resume(argv)
+            check_resume(argv, "hydra.sweep.dir")
             job, swept = SweepJob(schema, work, sys.argv[0]), [item for item in overrides if item not in MULTIRUN]
             sys.exit(multirun.run(job, conf, swept))
         elif verb == "train":
             overrides = [*overrides, *for_other_processes(argv)]
-            check_resume(argv)
+            check_resume(argv, "hydra.run.dir")
             if not any(argument.startswith("-") for argument in argv):
                 compose(verb, schema, conf, overrides)  # what is wrong is said before there is a run directory
                 refuse_in_use(argv)
@@ -127,6 +128,8 @@ def refuse_flags(argv: list[str], known: Sequence[str]) -> None:
     for argument in argv:
         if argument.startswith("-") and argument.partition("=")[0] not in known:
             raise UserError(f"there is no option {argument}", "settings are written key=value; --help shows them")
+    if "--resolve" in argv and not any(argument.startswith(("-c", "--cfg")) for argument in argv):
+        raise UserError("--resolve is for --cfg", "python train.py --cfg job --resolve")
 
 
 def refuse_removals(argv: list[str], schema: type) -> None:
@@ -148,11 +151,10 @@ def refuse_unchosen(argv: list[str], schema: type) -> None:
             raise UserError(f"{inside[0]} needs {item.name}=...", f"choose it first: {item.name}=text, for example")
 
 
-def check_resume(argv: list[str]) -> None:
+def check_resume(argv: list[str], key: str) -> None:
     """resume=auto looks for the run where this one would go: that must be the same place each time."""
-    fixed = any(argument.startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for argument in argv)
-    if "resume=auto" in argv and not fixed:
-        raise UserError("resume=auto needs a fixed run directory", "name it: hydra.run.dir=outputs/NAME")
+    if "resume=auto" in argv and not any(argument.startswith(f"{key}=") for argument in argv):
+        raise UserError("resume=auto needs a fixed directory", f"name it: {key}=outputs/NAME")
 
 
 def refuse_in_use(argv: list[str]) -> None:
@@ -182,27 +184,26 @@ def quote(value: str) -> str:
 
 def compose(verb: str, schema: type, conf: Path, overrides: list[str]) -> Any:
     with hydra.initialize_config_dir(config_dir=str(conf.resolve()), version_base="1.3"):
-        try:
-            composed = hydra.compose(config_name=verb, overrides=overrides)
-        except (ValueError, TypeError, AttributeError) as error:  # what Hydra has no exception of its own for: model=3
-            odd = [said for said in overrides if (conf / said.partition("=")[0]).is_dir()]
-            message = f"{' '.join(odd)}: {' '.join(str(error).split())}"
-            raise UserError(message, "see --help for the groups and their choices") from error
-        return to_schema(composed, schema)
+        with multirun.composing(conf, overrides):
+            composed = hydra.compose(config_name=verb, overrides=overrides, return_hydra_config=True)
+        refuse_calls(multirun.plain(composed.hydra))
+        with open_dict(composed):
+            del composed["hydra"]
+        return to_schema(composed, schema, overrides)
 
 
-def to_schema(config: DictConfig, schema: type) -> Any:
-    """The dataclass of a composed config; UserError for a key that `+` smuggled past the schema."""
+def to_schema(config: DictConfig, schema: type, overrides: Sequence[str]) -> Any:
+    """The dataclass of a config composed with `overrides`; UserError for a key that `+` smuggled past the schema."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     refuse_unknown(plain, schema, "")
-    refuse_trusting(plain, sys.argv)
+    refuse_trusting(plain, overrides)
     return from_dict(schema, {str(key): value for key, value in plain.items()})
 
 
-def refuse_trusting(values: dict[Any, Any], argv: Sequence[str]) -> None:
+def refuse_trusting(values: dict[Any, Any], overrides: Sequence[str]) -> None:
     """Whom to trust is said by the user, not by a recipe that came from elsewhere."""
-    if values.get("allow_targets") and not any(argument.startswith("allow_targets=") for argument in argv):
+    if values.get("allow_targets") and not any(argument.startswith("allow_targets=") for argument in overrides):
         raise UserError(
             f"allow_targets={values['allow_targets']} is in a file of the config", "it counts on the command line alone"
         )
@@ -237,7 +238,8 @@ def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[s
         settings, run_dir = HydraConfig.get(), Path(HydraConfig.get().runtime.output_dir)
         try:
             with run_directory(run_dir, keep=not single, say=single):
-                return work(to_schema(config, schema), run_dir, list(settings.overrides.task))
+                task = list(settings.overrides.task)
+                return work(to_schema(config, schema, task), run_dir, task)
         except Exception as error:  # raised again below: Hydra would print a line of its own before ours
             errors.append(error if single else failed(error, schema, run_dir, list(settings.overrides.task)))
             return None
@@ -310,11 +312,12 @@ class SweepJob:
     script: str
 
     def __call__(self, config: DictConfig) -> None:
+        logging.raiseExceptions = False  # as in run_hydra
         settings, run_dir = HydraConfig.get(), Path(HydraConfig.get().runtime.output_dir)
         overrides = list(settings.overrides.task)
         with run_directory(run_dir, keep=not config.dry_run, say=False):
             if config.dry_run:
-                self.work(to_schema(config, self.schema), run_dir, overrides)
+                self.work(to_schema(config, self.schema, overrides), run_dir, overrides)
                 return
             sweep.begin(run_dir)
             try:
@@ -323,8 +326,8 @@ class SweepJob:
                 self.complain(failed(error, self.schema, run_dir, overrides))
 
     def train(self, config: DictConfig, run_dir: Path, overrides: list[str]) -> None:
-        settings = to_schema(config, self.schema)
-        if (count := launch.processes(settings.trainer)) == 1 or launched():
+        settings = to_schema(config, self.schema, overrides)
+        if (count := launch.processes(settings.trainer)) < 2 or launched():
             self.work(settings, run_dir, overrides)
             return
         code = launch.torchrun(self.script, overrides, run_dir, count)
@@ -353,7 +356,8 @@ def failed(error: Exception, schema: type, run_dir: Path, overrides: list[str]) 
         error = explain(error, schema)
     if is_first():
         reason = " ".join(str(error).split()) or type(error).__name__
-        sweep.fail(run_dir, overrides, reason, exit_code=error.code if isinstance(error, UserError) else 1)
+        again = isinstance(error.__cause__, OSError)  # no room, no network: not its settings' fault
+        sweep.fail(run_dir, overrides, reason, error.code if isinstance(error, UserError) else 1, again)
     if isinstance(error, UserError):
         error.args = (f"job {run_dir.name}: {error}",)
     return error

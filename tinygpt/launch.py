@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from tinygpt.config import UserError
+from tinygpt.ranks import requeue
 
 JOB = "TINYGPT_SWEEP_JOB"  # in the environment of a job's processes: their arguments are in Hydra's grammar already
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -24,11 +25,14 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def processes(trainer: dict[str, Any]) -> int:
     """How many a run takes, by its trainer settings. UserError where they are of more than one machine."""
-    if int(trainer.get("num_nodes") or 1) > 1:
+    nodes = trainer.get("num_nodes")
+    if isinstance(nodes, int) and nodes > 1:
         raise UserError("a job of a sweep runs on one machine", "leave trainer.num_nodes out, or start the runs one by one")
     devices = trainer.get("devices", 1)
     if isinstance(devices, list):
         return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len(devices.strip(",").split(","))
     if str(devices).isdigit():
         return int(devices)
     if devices not in ("auto", -1, "-1", None) or trainer.get("accelerator") in ("cpu", "mps"):
@@ -70,6 +74,9 @@ def passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if signal.SIGUSR1 in received:
+        requeue()
+        raise SystemExit(128 + signal.SIGTERM)
     if received:
         raise SystemExit(128 + received[0])
 
@@ -77,6 +84,7 @@ def passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def main() -> None:
     """torchrun, but for its end: the exit code of the process that failed first, and no report after what that has said."""
     die_with_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM may tell all processes of a job: the workers answer
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # some of its loggers read this, when they are imported
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

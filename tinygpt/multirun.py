@@ -20,14 +20,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
+from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tinygpt import lock
 from tinygpt.config import SweepConfig, UserError
 from tinygpt.ranking import rank
+from tinygpt.ranks import launched
 from tinygpt.search import EXAMPLE, STUDY, Search, Space
-from tinygpt.sweep import Job, assign, exit_code, left_to_do, refuse_another, remove_empty_above
+from tinygpt.sweep import Job, assign, exit_code, folders, left_to_do, refuse_another, remove_empty_above
+from tinygpt.targets import refuse_calls
 
 BARE = {"multirun.yaml", STUDY, ".submitit"}  # what a sweep leaves that has run nothing
 
@@ -42,10 +46,10 @@ def run(task: TaskFunction, conf: Path, overrides: list[str]) -> int:
     refuse_elsewhere(overrides)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the caller as they are
     with hydra.initialize_config_dir(config_dir=str(conf.resolve()), job_name="train", version_base="1.3"):
-        master, launch = prepare(task, overrides)
+        master, launch = prepare(task, conf, overrides)
         parsed, settings = swept(master), SweepConfig(**plain(master.sweep))
         sweep_dir = Path(master.hydra.sweep.dir)
-        with folder(sweep_dir, master), saying_how_to_go_on(sweep_dir):
+        with in_words(sweep_dir), folder(sweep_dir, master), saying_how_to_go_on(sweep_dir):
             if settings.method == "optuna":
                 return run_search(Search(sweep_dir, settings, *space(parsed)), launch)
             return run_grid(assign(sweep_dir, combinations(parsed)), launch)
@@ -71,32 +75,59 @@ def run_search(search: Search, launch: Launch) -> int:
 
 
 def refuse_elsewhere(overrides: Sequence[str]) -> None:
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise UserError("a sweep starts the processes of its jobs itself", "run it without torchrun: python train.py -m ...")
+    if launched():
+        raise UserError("a sweep starts the processes of its jobs itself", "run it as one process: python train.py -m ...")
     for override in overrides:
+        refuse_moving(*override.split("=", 1))
         if override.startswith("hydra.sweep.subdir="):
             raise UserError(f"{override} is not used here", "jobs are numbered, and found again by their overrides")
         if override.startswith("hydra/sweeper="):
             raise UserError(f"{override} is not used here", f"sweep=grid or sweep=optuna, for example: {EXAMPLE}")
 
 
-def prepare(task: TaskFunction, overrides: Sequence[str]) -> tuple[DictConfig, Launch]:
+def refuse_moving(key: str, value: str = "") -> None:
+    """UserError for what would be another thing to each job."""
+    key, value = key.lstrip("+"), value.strip("'")
+    if key == "init_from" and (value == "latest" or value.startswith("outputs/latest")):
+        raise UserError(f"init_from={value} would be the job before, for each job", "name its folder: init_from=outputs/...")
+    if key == "resume" and value not in ("auto", "null"):
+        raise UserError(f"resume={value} is of one run", "resume=auto goes on with a sweep; init_from=RUN starts from a run")
+    if key == "verify_resume" and value.lower() in ("true", "1", "yes", "on"):
+        raise UserError("verify_resume is for one run, not for a sweep", "leave out -m, and give each key one value")
+
+
+def prepare(task: TaskFunction, conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, Launch]:
     """The config that the jobs share, Hydra's own settings among it, and what runs jobs."""
     engine = GlobalHydra.instance().hydra
     assert engine is not None
-    master = engine.compose_config("train", [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN, True)
+    with composing(conf, overrides):
+        master = engine.compose_config("train", [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+    refuse_calls(plain(master.hydra))
     context = HydraContext(config_loader=engine.config_loader, callbacks=Callbacks(master))
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)
 
     def launch(jobs: Sequence[Job]) -> None:
         batch = [[*job.overrides, f"hydra.sweep.subdir={job.folder.name}"] for job in jobs]
         for one in batch:
-            engine.config_loader.load_sweep_config(master, one)  # what does not compose is refused before any job begins
+            with composing(conf, one):  # what does not compose is refused before any job begins
+                engine.config_loader.load_sweep_config(master, one)
         for done in launcher.launch(batch, initial_job_idx=int(jobs[0].folder.name)) if batch else ():
             if done.status is JobStatus.FAILED:
                 raise done._return_value
 
     return master, launch
+
+
+@contextlib.contextmanager
+def composing(conf: Path, overrides: Sequence[str]) -> Iterator[None]:
+    """What Hydra has no exception of its own for, such as model=3, in words."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
+        odd = " ".join(said for said in overrides if (conf / said.partition("=")[0]).is_dir())
+        raise UserError(f"{odd}: {' '.join(str(error).split())}", "see --help for the groups and their choices") from error
 
 
 @contextlib.contextmanager
@@ -109,12 +140,34 @@ def folder(sweep_dir: Path, master: DictConfig) -> Iterator[None]:
     try:
         with held(sweep_dir):
             refuse_another(sweep_dir, master.resume)
+            refuse_other_kind(sweep_dir, master)
             OmegaConf.save(master, sweep_dir / "multirun.yaml")
             yield
     finally:
         if {path.name for path in sweep_dir.iterdir()} <= BARE and not Path.cwd().is_relative_to(sweep_dir.resolve()):
             shutil.rmtree(sweep_dir)
             remove_empty_above(sweep_dir)
+
+
+@contextlib.contextmanager
+def in_words(sweep_dir: Path) -> Iterator[None]:
+    """No room in the folder, or a job's process that a launcher has lost."""
+    try:
+        yield
+    except (UserError, HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"the sweep has ended: {said}", f"to go on: resume=auto hydra.sweep.dir={sweep_dir}") from error
+
+
+def refuse_other_kind(sweep_dir: Path, master: DictConfig) -> None:
+    """A search numbers its jobs as its trials, a grid by what is free: no folder can hold both."""
+    held, search = (sweep_dir / STUDY).exists(), master.sweep.method == "optuna"
+    if held != search and (held or folders(sweep_dir)):
+        raise UserError(f"{sweep_dir} holds {'a search' if held else 'a grid'}", "name another hydra.sweep.dir")
+    if held and master.dry_run:
+        raise UserError("dry_run=true would draw the next trials of this search", "leave out hydra.sweep.dir")
 
 
 @contextlib.contextmanager
@@ -164,8 +217,15 @@ def written(override: Override) -> list[str]:
     key = override.get_key_element()
     if isinstance(override.value(), IntervalSweep):
         raise UserError(f"{key}: an interval has no end of values", f"list some, or search it: {EXAMPLE}")
-    values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
-    return [f"{key}={value}" for value in values]
+    if not override.is_sweep_override():
+        return [f"{key}={override.get_value_element_as_str()}"]
+    return [f"{key}={value}" for value in values_of(override)]
+
+
+def values_of(override: Override) -> list[str]:
+    if values := list(override.sweep_string_iterator()):
+        return values
+    raise UserError(f"{override.input_line}: there are no such values", "its range is empty, or no choice has such a name")
 
 
 def space(overrides: Sequence[Override]) -> tuple[Space, list[str]]:
@@ -177,10 +237,11 @@ def space(overrides: Sequence[Override]) -> tuple[Space, list[str]]:
 
 def dimension(override: Override) -> dict[str, Any]:
     value = override.value()
-    if isinstance(value, IntervalSweep):
+    if isinstance(value, IntervalSweep):  # without an end of values
         return {"low": value.start, "high": value.end, "log": "log" in value.tags}
+    choices = values_of(override)
     if override.is_range_sweep():
         numbers = list(override.sweep_iterator())
         step = {"step": value.step} if len(numbers) > 1 else {}  # type: ignore[union-attr]
         return {"low": numbers[0], "high": numbers[-1], **step}
-    return {"choices": list(override.sweep_string_iterator())}
+    return {"choices": choices}

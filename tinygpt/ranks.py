@@ -1,6 +1,8 @@
 """Which of a run's processes this one is: what torchrun, srun or Lightning has put into its environment."""
 
+import contextlib
 import os
+import subprocess
 import time
 
 PLACES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
@@ -9,6 +11,8 @@ PATIENCE = 3.0  # seconds in which the first process says what all of them would
 
 def is_first() -> bool:
     """Whether this process speaks and writes for the run: its only one, or the first of several."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's order of machines need not be srun's
+        return os.environ["RANK"] == "0"
     return all(os.environ.get(name, "0") == "0" for name in PLACES)
 
 
@@ -36,3 +40,13 @@ def give_way() -> None:
     """To be called before an error is said: where the first process ends with the same one, its launcher ends this one."""
     if launched() and not is_first():
         time.sleep(PATIENCE if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID")) == "0" else 2 * PATIENCE)
+
+
+def requeue() -> None:
+    """Have SLURM start this job again, if there is one."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    if (
+        job := f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+    ):  # the id of one task may be the array's
+        with contextlib.suppress(OSError):
+            subprocess.run(["scontrol", "requeue", job], check=False)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt.config import SweepConfig, UserError
 from tinygpt.summary import read_summary, store_summary
-from tinygpt.sweep import GROWING, Job, identity
+from tinygpt.sweep import Job, identity
 
 if TYPE_CHECKING:
     import optuna
@@ -39,7 +39,7 @@ class Search:
         self.distributions = {key: distribution(key, options) for key, options in space.items()}
         mend(sweep_dir / STUDY)
         self.study = open_study(sweep_dir, settings)
-        self.refuse_another({"seed": settings.seed, "space": space, "fixed": sorted(identity(fixed, GROWING))})
+        self.refuse_another({"seed": settings.seed, "space": space, "fixed": sorted(identity(fixed))})
 
     def refuse_another(self, asked: dict[str, Any]) -> None:
         asked = json.loads(json.dumps(asked))  # as it will be read again
@@ -70,11 +70,16 @@ class Search:
         """Whether a trial that was not told how it ended is not to be gone on with."""
         if trial.user_attrs.get("pruned"):
             self.tell(trial.number)
-        elif trial.user_attrs.get("attempts", 0) >= ATTEMPTS:
+        elif self.attempts(trial) >= ATTEMPTS:
             self.study.tell(trial.number, state=state("FAIL"))
         else:
             return False
         return True
+
+    def attempts(self, trial: "optuna.trial.FrozenTrial | optuna.trial.Trial") -> int:
+        """How often it has been begun since it last left word."""
+        interrupted = read_summary(self.sweep_dir / str(trial.number)).get("status") == "interrupted"
+        return 0 if interrupted else int(trial.user_attrs.get("attempts", 0))
 
     def job(self, begun: "optuna.trial.FrozenTrial | None") -> Job:
         """A trial as a job: one that was begun, or a new one."""
@@ -82,7 +87,7 @@ class Search:
         self.study.sampler = sampler(self.settings, number)
         trial = self.study.ask() if begun is None else trial_of(self.study, number)
         drawn = [f"{key}={value}" for key, value in draw(trial, self.distributions).items()]
-        trial.set_user_attr("attempts", trial.user_attrs.get("attempts", 0) + 1)
+        trial.set_user_attr("attempts", self.attempts(trial) + 1)
         return Job(self.sweep_dir / str(number), [*self.fixed, *drawn])
 
     def tell(self, number: int) -> None:
@@ -96,7 +101,8 @@ class Search:
         elif summary.get("status") == "done" and loss is not None and math.isfinite(loss):
             self.study.tell(number, loss)
         elif summary.get("status") in ("done", "failed"):
-            trial_of(self.study, number).set_user_attr("exit_code", summary.get("exit_code", 1))
+            code = 1 if summary.get("again") else summary.get("exit_code", 1)
+            trial_of(self.study, number).set_user_attr("exit_code", code)
             self.study.tell(number, state=state("FAIL"))
 
 

@@ -118,9 +118,9 @@ def begin(folder: Path) -> None:
         (folder / "summary.json").unlink(missing_ok=True)
 
 
-def fail(folder: Path, overrides: Sequence[str], error: str, exit_code: int) -> None:
-    """Write down why a job has failed; exit_code is 2 where its user can put it right."""
-    said = {"status": "failed", "error": error, "exit_code": exit_code, "overrides": list(overrides)}
+def fail(folder: Path, overrides: Sequence[str], error: str, exit_code: int, again: bool = False) -> None:
+    """Write down why a job has failed; exit_code is 2 where its user can put it right, `again` without other settings."""
+    said = {"status": "failed", "error": error, "exit_code": exit_code, "again": again, "overrides": list(overrides)}
     store_summary(folder, {**read_summary(folder), **said})
 
 

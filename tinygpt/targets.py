@@ -5,7 +5,8 @@ of thing that its place is for, and its arguments are checked against its signat
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, get_type_hints
 
@@ -133,3 +134,25 @@ def call(target: Callable[..., Any], arguments: dict[str, Any], key: str) -> Any
         raise UserError(f"{key} needs a package that is not installed: {error}", "install it with pip") from error
     except Exception as error:  # whatever a foreign constructor refuses its arguments with
         raise UserError(f"{key}: {' '.join(str(error).split())[:300]}", "check its arguments") from error
+
+
+def refuse_calls(settings: dict[str, Any]) -> None:
+    """UserError where Hydra's own settings name what it would call before anything of ours is asked."""
+    if settings.get("callbacks"):
+        raise UserError("hydra.callbacks is not used here", "callbacks=... names Lightning's")
+    for name in ("job_logging", "hydra_logging"):
+        for key, value in called(settings.get(name), f"hydra.{name}"):
+            raise UserError(f"{key}={shorten(value)} is not allowed", "classes of the logging package are")
+
+
+def called(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What a logging configuration calls beyond the logging package, or may by another name (`${...}`)."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            foreign = name in ("()", "_target_") or (name == "class" and not str(value).startswith("logging."))
+            yield from [(f"{path}.{name}", value)] if foreign else called(value, f"{path}.{name}")
+    elif isinstance(node, list):
+        for value in node:
+            yield from called(value, path)
+    elif isinstance(node, str) and re.fullmatch(r"\$\{[^}]*\}", node.strip()):
+        yield path, node

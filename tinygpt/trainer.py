@@ -4,6 +4,7 @@ Lightning's arguments are ours to set."""
 import inspect
 import logging
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,13 +45,20 @@ def check_trainer(settings: dict[str, Any]) -> None:
     interval = settings.get("val_check_interval")
     if isinstance(interval, bool) or not isinstance(interval, int | None) or (interval is not None and interval < 1):
         raise UserError(f"trainer.val_check_interval={interval} is out of range", "it counts optimizer steps: 1 or more")
+    refuse_unfit(settings)
+    for name, least in LEAST.items():
+        if isinstance(value := settings.get(name), int) and value < least:
+            raise UserError(f"trainer.{name}={value} is out of range", f"it must be at least {least}")
+
+
+def refuse_unfit(settings: dict[str, Any]) -> None:
+    """UserError for what Lightning takes and a run of ours cannot be with."""
+    if re.search("spawn|fork|notebook", str(settings.get("strategy"))):
+        raise UserError(f"trainer.strategy={settings['strategy']} is for notebooks", "use trainer.strategy=ddp")
     if settings.get("limit_val_batches") == 0:
         raise UserError(
             "trainer.limit_val_batches=0: without a validation there is no checkpoint", "data.val_tokens=N makes them short"
         )
-    for name, least in LEAST.items():
-        if isinstance(value := settings.get(name), int) and value < least:
-            raise UserError(f"trainer.{name}={value} is out of range", f"it must be at least {least}")
 
 
 def accelerator(settings: dict[str, Any]) -> str:

@@ -22,7 +22,6 @@ import torch
 from tinygpt.checkpoint import LATEST, open_checkpoint
 from tinygpt.config import UserError
 from tinygpt.summary import read_metrics, read_summary
-from tinygpt.sweep import sweep_of
 
 TIMING = ("tokens_per_second", "mfu", "seconds")
 LOOPS = ("loops", "epoch")  # Lightning's own counters, of which a resumed run has others
@@ -47,8 +46,6 @@ def verify(run_dir: Path, seed: int) -> None:
     """
     if "WORLD_SIZE" in os.environ:
         raise UserError("verify_resume starts processes of its own", "use plain python, with trainer=ddp_cpu for several")
-    if sweep_of(run_dir):
-        raise UserError("verify_resume is for one run, not for a sweep", "leave out -m, and give each key one value")
     folder = run_dir / "verify"
     shutil.rmtree(folder, ignore_errors=True)
     latest = LATEST.readlink() if LATEST.is_symlink() else None
