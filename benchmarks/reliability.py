@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from common import ROOT, machine, write_result
 
+from tinygpt import forecast
 from tinygpt.checkpoint import open_checkpoint
 from tinygpt.config import DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig, UserError
 from tinygpt.run import train
@@ -109,6 +110,7 @@ class Bench:
         if child:
             return child
         os.chdir(self.folder)
+        forecast.repeat = lambda *_, **__: [1.0]  # a kill while the machine is measured would try nothing
         code = 99
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

@@ -71,6 +71,12 @@ def wait_for(path: Path, seconds: float = 120) -> None:
 
 
 @pytest.fixture
+def quick():
+    with tiny.quickly():
+        yield
+
+
+@pytest.fixture
 def rhyme() -> str:
     """A small text with apostrophes, runs of spaces, tabs, CRLF, accents, CJK, an emoji."""
     return (

@@ -244,7 +244,7 @@ def test_a_prompt_longer_than_the_block_works_and_says_so(ckpt, empty):
 
 def test_the_interactive_prompt_over_a_pipe(ckpt, empty):
     arguments = (f"ckpt={ckpt}", "interactive=true", "max_new_tokens=5", "seed=1")
-    done = run("sample", *arguments, cwd=empty, stdin="the\n¤\nquit\nthe\n")
+    done = run_inside("sample", *arguments, cwd=empty, stdin="the\n¤\nquit\nthe\n")
     assert done.code == 0
     assert done.stdout.count(">> ") == 3
     assert "error: the character '¤'" in done.stderr
@@ -269,12 +269,8 @@ def evaluate(*arguments, cwd):
 
 
 def test_the_loss_is_the_run_s(tiny_home):
-    latest = tiny_home / "outputs/latest"
-    done = run("evaluate", "ckpt=latest", f"cache_dir={tiny_home}/cache", cwd=tiny_home)
-    assert done.code == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1
-    found = json.loads(done.stdout)
-    wanted = summary(latest)
+    found = evaluate("ckpt=latest", f"cache_dir={tiny_home}/cache", cwd=tiny_home)
+    wanted = summary(tiny_home / "outputs/latest")
     assert found["loss"] == pytest.approx(wanted["best_val_loss"], abs=1e-6)
     assert found["bits_per_byte"] == pytest.approx(wanted["val_bits_per_byte"], abs=1e-5)
     assert {"perplexity", "accuracy", "tokens"} <= set(found)
@@ -513,7 +509,7 @@ def test_evaluate_refuses(argument, words, ckpt, empty):
 
 def test_an_error_as_a_process(empty):
     assert_refused(run("train", "modle=nano", cwd=empty), "there is no key modle", "did you mean model?")
-    assert_refused(run("sample", "ckpt=missing.ckpt", cwd=empty), "missing.ckpt")
+    assert_refused(run_inside("sample", "ckpt=missing.ckpt", cwd=empty), "missing.ckpt")
     assert files(empty) == set()
 
 

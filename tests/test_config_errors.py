@@ -337,8 +337,7 @@ def test_a_model_larger_than_the_machine_is_refused_before_any_data_is_read(defa
     assert "GB" in unusable(default, model=dataclasses.replace(default.model, **shape))
 
 
-def test_as_a_process(tmp_path):
-    """What Lightning refuses, and a text that is not there: the first is said, at once."""
-    done = scripts.run("train", "trainer.precision=17", "data=text", "data.path=missing.txt", cwd=tmp_path)
+def test_what_lightning_refuses_is_said_before_a_text_that_is_not_there(tmp_path):
+    done = scripts.run_inside("train", "trainer.precision=17", "data=text", "data.path=missing.txt", cwd=tmp_path)
     refused(done, "trainer.precision=17")
     assert scripts.files(tmp_path) == set()

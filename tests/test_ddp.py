@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import run_inside
 from tiny import column, corpus, summary
-from together import environment, free_port, places, tasks, train_together
+from together import environment, free_port, places, started, tasks, train_together, wait_until
 
 from tinygpt.checkpoint import open_checkpoint
 
@@ -37,8 +37,8 @@ def train(folder, *overrides):
 def runs(tmp_path_factory):
     """(folder, what two processes said) after the same run by one process and by two."""
     folder, steps = tmp_path_factory.mktemp("ddp"), ("trainer.max_steps=5", "trainer.val_check_interval=3")
-    alone = train(folder, "trainer=cpu", *steps, "hydra.run.dir=one")
-    assert alone.returncode == 0, alone.stderr
+    alone = run_inside("train", *command(folder, "trainer=cpu", *steps, "hydra.run.dir=one")[2:], cwd=folder)
+    assert alone.code == 0, alone.stderr
     done = train(folder, *TWO, *steps, "hydra.run.dir=two")
     assert done.returncode == 0, done.stderr
     return folder, done
@@ -73,34 +73,14 @@ def test_the_second_process_is_silent(runs):
     assert "Warning" not in done.stderr
 
 
-def wait_for(path, process, seconds=60):
-    end = time.monotonic() + seconds
-    while not path.exists() or path.read_text().count("\n") < 3:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
 def test_an_interrupt_ends_both_and_saves(tmp_path):
     # As a terminal does: Ctrl-C goes to every process of the group.
     run = command(tmp_path, *TWO, "trainer.max_steps=1000000", "trainer.val_check_interval=100000", "hydra.run.dir=run")
-    process = subprocess.Popen(
-        run,
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        wait_for(tmp_path / "run" / "metrics.csv", process)
+    metrics = tmp_path / "run" / "metrics.csv"
+    with started(tmp_path, *run) as process:
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=90)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     saved = open_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
@@ -108,6 +88,7 @@ def test_an_interrupt_ends_both_and_saves(tmp_path):
     assert summary(tmp_path / "run")["status"] == "interrupted"
 
 
+@pytest.mark.slow  # test_sweep.py has a trial that torchrun starts
 def test_torchrun_makes_one_run_too(runs, tmp_path):
     python, *rest = command(tmp_path, *TWO, "trainer.max_steps=5", "trainer.val_check_interval=3")
     launcher = [python, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *rest]
@@ -127,10 +108,10 @@ def assert_one_run(folder, runs):
 MACHINES = ("trainer=ddp_cpu", "trainer.max_steps=5", "trainer.val_check_interval=3")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_two_machines_or_tasks_make_one_run_too(launcher, runs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("launcher", ["torchrun", "two torchruns", "srun"])
+def test_whatever_starts_two_processes_they_make_one_run(launcher, runs, tmp_path, monkeypatch, quick):
     monkeypatch.setenv("MASTER_PORT", str(free_port()))  # srun's would be a function of the job's number
-    environments = {"torchrun": places(machines=2), "srun": tasks()}[launcher]
+    environments = {"torchrun": places(), "two torchruns": places(machines=2), "srun": tasks()}[launcher]
     first, second = train_together(*command(tmp_path, *MACHINES)[2:], cwd=tmp_path, environments=environments)
     assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
     assert (second.stdout, second.stderr) == ("", "")

@@ -7,19 +7,16 @@ from lightning import Trainer
 from scripts import run_inside
 from test_ddp import command
 from tiny import column
-from together import together, train_quickly, train_together, wait_until
+from together import together, train_together, wait_until
 
 from tinygpt.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 TWO = {"strategy": "ddp"}
 SHARDED = {"strategy": {"_target_": "tinygpt.sharding.FSDP2"}}
 CONSTANT = {"lr": 1e-2, "warmup_steps": 2, "schedule": "constant"}
 LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 1, "n_layer": 2, "tie_embeddings": False}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    train_quickly(monkeypatch)
 
 
 def train(folder, name, trainer=None, before=lambda rank: None, **changes):

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import scripts
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -303,7 +302,7 @@ def test_out_must_be_said():
 def exported(tiny_home, tmp_path_factory):
     """The tiny run, exported by the script into a folder of its own."""
     folder = tmp_path_factory.mktemp("exported")
-    done = scripts.run("export", f"ckpt={tiny_home}/outputs/latest", "out=it's [mine], a=b", cwd=folder)
+    done = run_inside("export", f"ckpt={tiny_home}/outputs/latest", "out=it's [mine], a=b", cwd=folder)
     assert done.code == 0, done.stderr
     assert done.stdout.startswith("it's [mine], a=b: ")
     return folder / "it's [mine], a=b"

@@ -3,6 +3,7 @@
 The examples are the same each time (see conftest.py).
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -230,15 +231,21 @@ def bitten(content, data):
     return None if how == "gone" else b""
 
 
+@contextlib.contextmanager
+def copied(shelf, name):
+    """A copy of the shelf's cache, and the path of a file in it."""
+    with tempfile.TemporaryDirectory() as place:
+        cache = shutil.copytree(shelf[0] / "cache", Path(place) / "cache")
+        (path,) = cache.glob(f"*/{name}")
+        yield cache, path
+
+
 @given(data=st.data())
 @settings(max_examples=30)
 def test_damaged_shards_are_made_again(shelf, data):
     folder, config, wanted = shelf
-    with tempfile.TemporaryDirectory() as place:
-        cache = Path(place) / "cache"
-        shutil.copytree(folder / "cache", cache)
-        name = data.draw(st.sampled_from(["train-00000.bin", "val-00000.bin", "manifest.json", "tokenizer.json"]))
-        (path,) = cache.glob(f"*/{name}")
+    name = data.draw(st.sampled_from(["train-00000.bin", "val-00000.bin", "manifest.json", "tokenizer.json"]))
+    with copied(shelf, name) as (cache, path):
         new = bitten(path.read_bytes(), data)
         path.unlink()
         if new is not None:
@@ -250,10 +257,7 @@ def test_damaged_shards_are_made_again(shelf, data):
 @settings(max_examples=30)
 def test_a_manifest_that_lies_is_not_believed(shelf, data):
     folder, config, wanted = shelf
-    with tempfile.TemporaryDirectory() as place:
-        cache = Path(place) / "cache"
-        shutil.copytree(folder / "cache", cache)
-        (path,) = cache.glob("*/manifest.json")
+    with copied(shelf, "manifest.json") as (cache, path):
         manifest = json.loads(path.read_text())
         where = data.draw(
             st.sampled_from([("dtype",), ("splits",), ("splits", "train"), ("splits", "val", "shards"), ("fingerprint",)])

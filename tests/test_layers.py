@@ -12,7 +12,7 @@ PACKAGE = ROOT / "tinygpt"
 
 # From the bottom up: a module may import those of the lines above its own.
 LAYERS = (
-    ("kinds", "summary", "lean", "ranks"),
+    ("kinds", "summary", "lean", "ranks", "kernels"),
     ("config",),
     ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory", "lock", "finite", "archive"),
     ("imdb", "tokens", "documents", "streams", "synthetic", "plot", "launch"),
@@ -43,7 +43,7 @@ TORCH_OR_LESS = (
     *("tokenizer", "model", "optim", "loss", "memory", "cache", "decode", "precision", "generate", "engine", "checkpoint"),
     *("pretrained", "hub", "corpus", "streams", "pieces", "writer", "workspace", "meter", "shards", "batches", "terminal"),
     *("tokenizer_files", "model_card", "lock", "finite", "synthetic", "sweep", "launch", "ranking", "search", "archive"),
-    *("kinds", "ranks"),
+    *("kinds", "ranks", "kernels"),
 )
 
 
@@ -136,12 +136,19 @@ ELSEWHERE = (
 )
 
 
-def test_the_python_interface_and_sample_need_little_beside_torch(tmp_path, tiny_home):
+def without(*names):
+    return f"\nassert not (there := set({names!r}) & set(sys.modules)), there\n"
+
+
+def test_sample_evaluate_and_the_server_need_little_beside_torch(tiny_home):
+    """One after the other in one process: what is not there after one was not needed by any before."""
     ckpt = tiny_home / "outputs/latest/checkpoints/best.ckpt"
     code = f"import sys, tinygpt; model, tokenizer = tinygpt.load({str(ckpt)!r}); tinygpt.generate(model, tokenizer, 'the')"
-    code += "\nassert not {'hydra', 'omegaconf'} & set(sys.modules)\n"
-    heavy = ("lightning", "torchmetrics", "rich", *COMPILER, *ELSEWHERE)
-    assert loaded(code + script("sample", f"ckpt={ckpt}", "max_new_tokens=3"), tmp_path, "torch", *heavy) == {"torch"}
+    code += without("hydra", "omegaconf") + script("sample", f"ckpt={ckpt}", "max_new_tokens=3")
+    code += without("lightning", "torchmetrics", "rich", *COMPILER, *ELSEWHERE)
+    code += script("evaluate", "ckpt=latest", "cache_dir=cache") + without("lightning", *ELSEWHERE)
+    code += "import tinygpt.serve"
+    assert loaded(code, tiny_home, "torch", "torchmetrics", "gradio", "pandas") == {"torch", "torchmetrics"}
 
 
 # What is there after the last optimizer step, which is the first but for those that the forecast tries.
@@ -161,8 +168,3 @@ def test_a_training_needs_little_beside_lightning_to_take_its_first_step(tmp_pat
     )
     code = AT_STEP + script("train", *SMALL, *arguments)
     assert loaded(code, tmp_path, "lightning", *ELSEWHERE, at="at_step") == {"lightning"}
-
-
-def test_evaluate_needs_no_lightning(tiny_home):
-    found = loaded(script("evaluate", "ckpt=latest", "cache_dir=cache"), tiny_home, "torchmetrics", "lightning", *ELSEWHERE)
-    assert found == {"torchmetrics"}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from scripts import SMALL, run
+from scripts import SMALL, run_inside
 from tiny import corpus
 
 from tinygpt import lock
@@ -64,7 +64,7 @@ def test_a_worker_that_outlives_the_run_holds_nothing(tmp_path):
 def test_a_second_train_is_refused_and_changes_nothing(tmp_path, holder):
     arguments = ("data=text", f"data.path={corpus(tmp_path)}", *SMALL, "trainer=cpu", "trainer.max_steps=2")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
-    done = run("train", *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    done = run_inside("train", *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     assert done.code == 2
     assert f"error: {tmp_path} is in use by process {holder.pid}" in done.stderr
     assert "Traceback" not in done.stderr

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from tinygpt.config import ModelConfig, OptimizerConfig, UserError
 from tinygpt.generate import Sampling, stream_tokens
 from tinygpt.hub import from_gpt2, from_llama, gpt2_config, llama_config
-from tinygpt.model import GPT, SquaredReLU, activate, attend_by_products
+from tinygpt.kernels import SquaredReLU, attend_by_products
+from tinygpt.model import GPT, activate
 from tinygpt.optim import make_optimizer
 
 GPT2 = {"vocab_size": 50, "n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 3}

@@ -109,14 +109,16 @@ def test_generate_takes_a_dtype():
     assert model.wte.weight.dtype == torch.float32
     with pytest.raises(UserError, match="dtype=int4"):
         tinygpt.generate(model, tokenizer, "abc", dtype="int4")
+    with pytest.raises(UserError, match="converted already"):
+        tinygpt.generate(convert(model, "int8"), tokenizer, "abc", dtype="bf16")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_the_scripts_take_a_dtype(tiny_home, tiny_run, dtype):
     ckpt = f"ckpt={tiny_run}"
-    text = scripts.run("sample", ckpt, f"dtype={dtype}", "prompt=the", "max_new_tokens=20", "seed=1", cwd=tiny_home)
+    text = scripts.run_inside("sample", ckpt, f"dtype={dtype}", "prompt=the", "max_new_tokens=20", "seed=1", cwd=tiny_home)
     assert (text.code, text.stdout[:3]) == (0, "the"), text.stderr
-    done = scripts.run("evaluate", ckpt, f"dtype={dtype}", cwd=tiny_home)
+    done = scripts.run_inside("evaluate", ckpt, f"dtype={dtype}", cwd=tiny_home)
     assert done.code == 0, done.stderr
     metrics = json.loads(done.stdout)
     exact = json.loads((tiny_run / "summary.json").read_text())["best_val_loss"]
@@ -126,7 +128,7 @@ def test_the_scripts_take_a_dtype(tiny_home, tiny_run, dtype):
 
 
 def test_an_unknown_dtype_is_refused_by_name(tiny_home, tiny_run):
-    done = scripts.run("sample", f"ckpt={tiny_run}", "dtype=int4", cwd=tiny_home)
+    done = scripts.run_inside("sample", f"ckpt={tiny_run}", "dtype=int4", cwd=tiny_home)
     assert done.code == 2
     assert "error: dtype=int4 is not known" in done.stderr
     assert "fp32, bf16, int8" in done.stderr

@@ -3,8 +3,8 @@
 Only the size is changed: a few steps of a tiny model, which the commands themselves do not ask for.
 """
 
+import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -12,6 +12,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import tiny
+from scripts import Done, run_inside
+from together import train_together
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "data.val_tokens=500"]
@@ -52,27 +55,25 @@ def playground(tmp_path_factory):
     return folder
 
 
-def run(command, monkeypatch, capsys):
+def run(command):
     words = shrink(shlex.split(command))
-    if words[1] == "serve.py":
+    verb = words[1].removesuffix(".py")
+    if verb == "serve":
         return serve(words)
-    if words[1] == "-m" or "trainer=ddp_cpu" in words or "interactive=true" in words:  # as a user would: a process, a prompt
-        script = [words[1]] if words[1] == "-m" else [str(ROOT / words[1])]
-        monkeypatch.setenv("PYTHONPATH", str(ROOT))  # -m looks there
-        done = subprocess.run([sys.executable, *script, *words[2:]], input="The\nquit\n", capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
-    monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[2:]])
-    code = 0
-    try:
-        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
-    except SystemExit as leaving:
-        code = leaving.code or 0
-    return code, *capsys.readouterr()
+    if verb == "-m":  # which looks for the module there
+        there = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, *words[1:]], env=there, capture_output=True, text=True)
+        return Done(done.returncode, done.stdout, done.stderr)
+    with tiny.quickly():
+        if "trainer=ddp_cpu" in words:  # as processes of their own: test_ddp.py
+            first, second = train_together(*words[2:], cwd=".")
+            return Done(first.code or second.code, first.stdout, first.stderr + second.stderr)
+        return run_inside(verb, *words[2:], cwd=".", stdin="The\nquit\n")
 
 
 def serve(words):
     """The server is asked for a text, then stopped."""
-    words = [sys.executable, str(ROOT / words[1]), *words[2:], "port=0"]
+    words = [sys.executable, str(ROOT / words[1]), *words[2:], "port=0", "playground=false"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, encoding="utf-8") as server:
         line = server.stderr.readline()
         answer = urllib.request.Request(
@@ -81,16 +82,15 @@ def serve(words):
         with urllib.request.urlopen(answer, timeout=60) as text:
             out = text.read().decode()
         server.terminate()
-    return 0, out, line
+    return Done(0, out, line)
 
 
-@pytest.mark.xdist_group("readme")
-def test_every_command_of_the_readme_works(playground, monkeypatch, capsys, shared_data):
+def test_every_command_of_the_readme_works(playground, monkeypatch, shared_data):
     monkeypatch.chdir(playground)
     monkeypatch.setenv("TINYGPT_CACHE_DIR", str(playground / "cache"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     for command in COMMANDS:
-        code, out, err = run(command, monkeypatch, capsys)
+        code, out, err = run(command)
         assert code == 0, f"{command}\n{err}"
         assert out.strip(), f"{command} printed nothing"
 

@@ -148,6 +148,14 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch, 
     assert_same_run(run(tmp_path, resume="auto", **HARD), whole)
 
 
+def killed_and_resumed(tmp_path, monkeypatch, step, **settings):
+    with monkeypatch.context() as patch:
+        killed(patch, step)
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path, **settings)
+    return run(tmp_path, resume="auto", **settings)
+
+
 def killed_inside(monkeypatch, method, call):
     """At the call-th time that LitGPT's method is called."""
     real, calls = getattr(LitGPT, method), []
@@ -202,11 +210,7 @@ def test_a_run_killed_between_a_line_and_its_checkpoint_writes_the_line_once(tmp
 
 def test_loader_workers_change_nothing(tmp_path, monkeypatch, whole):
     hard = {**HARD, "data": {**HARD["data"], "num_workers": 2}}
-    with monkeypatch.context() as patch:
-        killed(patch, 14)
-        with pytest.raises(RuntimeError, match="power"):
-            run(tmp_path, **hard)
-    assert_same_run(run(tmp_path, resume="auto", **hard), whole)
+    assert_same_run(killed_and_resumed(tmp_path, monkeypatch, 14, **hard), whole)
 
 
 def test_a_folder_that_goes_away_takes_nothing_with_it_that_can_be_kept(tmp_path, monkeypatch, caplog):
@@ -242,13 +246,8 @@ def test_lines_that_the_disk_refuses_for_a_while_are_written_later(tmp_path, mon
 
 def test_muon_and_adamw_resume_as_one(tmp_path, monkeypatch):
     hard = {**HARD, "optimizer": {"name": "muon"}}
-    (tmp_path / "whole").mkdir()
-    whole = run(tmp_path / "whole", **hard)
-    with monkeypatch.context() as patch:
-        killed(patch, 14)
-        with pytest.raises(RuntimeError, match="power"):
-            run(tmp_path, **hard)
-    assert_same_run(run(tmp_path, resume="auto", **hard), whole)
+    whole = run(tmp_path, "whole", **hard)
+    assert_same_run(killed_and_resumed(tmp_path, monkeypatch, 14, **hard), whole)
 
 
 def test_ctrl_c_during_the_first_validation_saves_too(tmp_path, monkeypatch, whole):
@@ -503,7 +502,7 @@ def test_a_run_begins_and_ends_with_a_validation(tmp_path, every, validated):
 
 
 def test_a_single_step_is_a_run(tmp_path):
-    run_dir = run(tmp_path, steps=1)
+    run_dir = run(tmp_path, steps=1, quick=False)
     assert [step for step, _ in column(run_dir, "val/loss")] == [0, 1]
     assert (run_dir / "curves.png").stat().st_size > 1000
 
@@ -660,7 +659,7 @@ def test_a_failure_is_not_hidden_by_a_summary_that_cannot_be_written(tmp_path, m
 
 
 def test_the_summary_has_every_field(tmp_path):
-    run_dir = run(tmp_path, overrides=["trainer.max_steps=6"])
+    run_dir = run(tmp_path, overrides=["trainer.max_steps=6"], quick=False)
     found = summary(run_dir)
     assert list(found) == [
         *("status", "steps", "tokens", "seconds", "tokens_per_second", "mfu", "parameters", "val_loss", "best_val_loss"),
@@ -709,11 +708,10 @@ def test_a_prompt_that_cannot_be_read_is_refused(tmp_path):
         run(tmp_path, callbacks=callbacks)
 
 
-def test_the_checkpoint_holds_no_machine_and_no_secret(tmp_path, monkeypatch):
-    monkeypatch.setenv("TINYGPT_DATA_DIR", str(tmp_path / "somewhere"))
-    stored = opened(run(tmp_path))["tinygpt"]["config"]
-    assert "somewhere" not in repr(stored)
-    assert not {"data_dir", "cache_dir", "logger"} & stored.keys()
+def test_the_checkpoint_holds_no_folder_of_this_machine_and_no_logger(tmp_path):
+    card = opened(run(tmp_path, data_dir=str(tmp_path / "somewhere")))["tinygpt"]
+    assert "somewhere" not in repr(card)
+    assert not {"data_dir", "cache_dir", "logger"} & card["config"].keys()
 
 
 def test_two_runs_of_one_seed_are_one(tmp_path):

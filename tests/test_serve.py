@@ -272,7 +272,9 @@ def test_metrics_count(address, engine):
 
 def test_the_docs_page_loads_nothing_from_elsewhere(address):
     page = httpx.get(f"{address}/docs").text
-    for link in re.findall(r'(?:src|href)="([^"]+)"', page):
+    links = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert links
+    for link in links:
         assert link.startswith("/"), link
         assert httpx.get(address + link).status_code == 200
 
@@ -582,7 +584,7 @@ def test_a_text_that_is_written_when_the_server_stops_ends_with_a_word_of_it(tin
 def test_what_cannot_be_served_is_one_line(tiny_home, tmp_path):
     with listening("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        done = scripts.run("serve", f"port={port}", cwd=tiny_home)
+        done = scripts.run_inside("serve", f"port={port}", cwd=tiny_home)
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: cannot listen at 127.0.0.1:{port}: ")
     done = scripts.run_inside("serve", "port=0", "ckpt=nowhere", cwd=tmp_path)

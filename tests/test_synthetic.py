@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from scripts import run
+from scripts import run_inside
 
 from tinygpt.config import DataConfig
 from tinygpt.synthetic import Source
@@ -44,11 +44,11 @@ def test_a_source_is_its_seeds():
 
 def test_training_ends_within_one_percent_of_the_entropy(tmp_path):
     """Batches, attention, loss, optimizer, schedule, validation, checkpoint and evaluation at once: no part may be wrong."""
-    done = run("train", "experiment=synthetic", "trainer=cpu", "hydra.run.dir=run", cwd=tmp_path)
+    done = run_inside("train", "experiment=synthetic", "trainer=cpu", "hydra.run.dir=run", cwd=tmp_path)
     assert done.code == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["entropy"] == Source(8, 2, seed=0).entropy
-    assert summary["best_val_loss"] == pytest.approx(summary["entropy"], rel=0.01)
+    assert summary["entropy"] < summary["best_val_loss"] < 1.01 * summary["entropy"]
     assert f"{summary['entropy']:.4f} nats" in done.stderr
-    evaluated = json.loads(run("evaluate", "ckpt=run", "device=cpu", cwd=tmp_path).stdout)
+    evaluated = json.loads(run_inside("evaluate", "ckpt=run", "device=cpu", cwd=tmp_path).stdout)
     assert evaluated["loss"] == pytest.approx(summary["best_val_loss"], abs=1e-5)

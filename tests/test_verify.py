@@ -1,18 +1,37 @@
 """verify_resume=true: says that a killed run is the same, finds it where it is not, and leaves nothing behind."""
 
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from scripts import SMALL, files, run_inside
 from tiny import LAST_EVERY_3, corpus
 from tiny import run as train
+from together import together
 
+from tinygpt import verify
 from tinygpt.verify import compare, different
 
 
-def test_the_proof_on_a_users_own_config(tmp_path):
+def forked(command, **_):
+    """subprocess.run of a script, but in a process forked from this one: nothing is imported again."""
+
+    def work(rank):
+        GlobalHydra.instance().clear()  # this one is amid a job of its own
+        return run_inside(Path(command[1]).stem, *command[2:], cwd=Path.cwd())
+
+    (done,) = together(work, [{}])
+    return subprocess.CompletedProcess(command, done.code, "", done.stderr)
+
+
+def test_the_proof_on_a_users_own_config(tmp_path, monkeypatch):
+    """The run that is killed is a process as a user's; the two others are forked."""
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": forked}))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the forked ones have: sums of one order
     hard = (
         *("model.dropout=0.2", "data.micro_batch_size=4", "callbacks=[default,ema]", "optimizer=muon"),
         *("callbacks.last.every_n_steps=3", "trainer.max_steps=12", "trainer.val_check_interval=5"),

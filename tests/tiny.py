@@ -1,9 +1,11 @@
 """A training run of a second: what the tests of the training core share."""
 
+import contextlib
 import csv
 import json
 import random
 from pathlib import Path
+from unittest import mock
 
 from tinygpt.config import DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from tinygpt.run import train
@@ -55,11 +57,25 @@ def settings(folder: Path, steps=6, every=3, *, model=None, data=None, optimizer
     )
 
 
-def run(folder: Path, name="run", overrides=(), **changes) -> Path:
-    """Train in folder/name and give that directory."""
+@contextlib.contextmanager
+def quickly():
+    """Leave out what takes longer than a run of a few steps: the curves, measuring this machine, most of the closing
+    sample, and waiting for the disk."""
+    with (
+        mock.patch("tinygpt.run.draw_curves"),
+        mock.patch("tinygpt.forecast.repeat", return_value=[1.0]),
+        mock.patch("tinygpt.report.SAMPLE_TOKENS", 5),
+        mock.patch("os.fsync"),
+    ):
+        yield
+
+
+def run(folder: Path, name="run", overrides=(), quick=True, **changes) -> Path:
+    """Train in folder/name, `quickly` unless told otherwise, and give that directory."""
     run_dir = folder / name
     run_dir.mkdir(exist_ok=True)
-    train(settings(folder, **changes), run_dir, overrides)
+    with quickly() if quick else contextlib.nullcontext():
+        train(settings(folder, **changes), run_dir, overrides)
     return run_dir
 
 

@@ -1,16 +1,17 @@
 """Several processes of one run, as torchrun would start them, but forked from this one, so that nothing is imported again;
 and where to find the processes of a run that was started for real."""
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
 import torch
 from scripts import run_inside
-
-from tinygpt import forecast, run
 
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "TINYGPT_PARENT")
 
@@ -79,11 +80,17 @@ def train_together(*arguments, cwd, before=lambda rank: None, environments=None)
     return together(work, environments)
 
 
-def train_quickly(monkeypatch):
-    """Leave out what takes longer than a run of a few steps."""
-    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
-    monkeypatch.setattr(run, "print_result", lambda *_: None)
-    monkeypatch.setattr(forecast, "repeat", lambda *_, **__: [1.0])
+@contextlib.contextmanager
+def started(folder, *words):
+    """A command and all that it starts, as a terminal's job, of which nothing is left at the end."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, cwd=folder, env=environment(), start_new_session=True, **streams)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def environment():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tinygpt.config import ModelConfig
+from tinygpt.kernels import SquaredReLU, attend_by_products, products_are_faster
 
 Rope = tuple[Tensor, Tensor]
 
@@ -51,24 +52,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def continuation_mask(new: int, total: int, device: torch.device) -> Tensor:
     """(new, total): query i sits at position total - new + i and sees the keys up to its own."""
     return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
-
-
-def products_are_faster(q: Tensor) -> bool:
-    """Whether causal attention over q (B, H, T, D) is faster as two batched matrix products.
-
-    torch's fused attention for CPUs multiplies in small tiles, which bfloat16 products (matmul_precision=medium) make
-    several times slower; in long blocks the (T, T) scores cost more than that.
-    """
-    return q.device.type == "cpu" and q.shape[2] <= 256 and torch.get_float32_matmul_precision() == "medium"
-
-
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention over q, k and v, each (B, H, T, D), with the scores (B * H, T, T) in memory."""
-    B, H, T, D = q.shape
-    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-    later = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    scores = torch.baddbmm(later, q, k.mT, alpha=1 / math.sqrt(D))
-    return (scores.softmax(-1) @ v).view(B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -121,21 +104,6 @@ def inner_width(config: ModelConfig) -> int:
     if config.n_inner:
         return config.n_inner
     return math.ceil(config.n_embd * 8 / 3 / 32) * 32 if config.mlp == "swiglu" else 4 * config.n_embd
-
-
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 with its gradient in two passes over memory, where autograd takes five: what it costs on a CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive.square()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return torch.mul(gradient, positive).mul_(2)
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
@@ -246,21 +214,6 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def outline(config: ModelConfig, vocab_size: int) -> GPT:
-    """The model on the meta device: its shapes, without memory."""
-    with torch.device("meta"), Undrawn():
-        return GPT(config, vocab_size)
-
-
-class Undrawn(TorchFunctionMode):
-    """Normal values are not drawn. On the meta device there are none, and to draw them torch imports its compiler, which
-    takes as long as torch itself."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
-
-
 @torch.no_grad()
 def initialise(model: GPT) -> None:
     """Every initial value of the model, in one place.
@@ -284,3 +237,18 @@ def initialise(model: GPT) -> None:
             if name.endswith("c_proj"):
                 std *= {"gpt2": scale, "normal": 1.0, "zero_proj": 0.0}[init]
             nn.init.normal_(module.weight, std=std)
+
+
+def outline(config: ModelConfig, vocab_size: int) -> GPT:
+    """The model on the meta device: its shapes, without memory."""
+    with torch.device("meta"), Undrawn():
+        return GPT(config, vocab_size)
+
+
+class Undrawn(TorchFunctionMode):
+    """Normal values are not drawn. On the meta device there are none, and to draw them torch imports its compiler, which
+    takes as long as torch itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)

@@ -23,10 +23,12 @@ FEW_ROWS = 16  # up to so many, the product that reads integers is faster than o
 def convert(model: GPT, dtype: str) -> GPT:
     """The model for inference, in eval mode, with its weights as `dtype`: fp32, bf16 or int8. The one given stays as it is.
 
-    fp32 shares its weights where they are that already. Raises UserError for another dtype.
+    fp32 shares its weights where they are that already. Raises UserError for another dtype, and for a model that is converted.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype} is not known", f"choose one of: {', '.join(DTYPES)}")
+    if any(isinstance(layer, Int8Linear | PackedLinear) for layer in model.modules()):
+        raise UserError("the model's weights are converted already", "leave dtype out")
     number = torch.float32 if dtype == "fp32" else torch.bfloat16
     weights = {name: tensor.detach().to(number) for name, tensor in model.state_dict().items()}
     new = assemble(model.config, model.vocab_size, weights).to(model.wte.weight.device).eval().requires_grad_(False)
