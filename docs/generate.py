@@ -32,6 +32,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "generation": results.generation,
     "preparation": results.preparation,
     "reliability": results.reliability,
+    "overfit": results.overfit,
     "letters": shapes.letters,
     "imdb-prepared": imdb.prepared,
     "imdb-vocabulary": imdb.vocabulary,

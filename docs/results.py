@@ -56,6 +56,39 @@ def reliability() -> str:
     return f"By `benchmarks/reliability.py`, which says what each kind is:\n\n{text}\n\n{place(found)}"
 
 
+def overfit() -> str:
+    """The losses of GPT-2 on a small text, validation by validation."""
+    if not (RESULTS / "overfit.json").exists():
+        return "Not measured yet; `benchmarks/overfit.py` does it."
+    found = read("overfit")
+    rows = [
+        (
+            f"{row['epoch']:.1f}",
+            str(row["step"]),
+            "" if row["train_loss"] is None else f"{row['train_loss']:.2f}",
+            f"**{row['val_loss']:.4f}**" if row["step"] == found["best_step"] else f"{row['val_loss']:.4f}",
+            f"{row['val_accuracy']:.1%}",
+        )
+        for row in found["rows"]
+    ]
+    head = ("epoch", "step", "loss of the step's batch", "validation loss", "validation accuracy")
+    how = (
+        f"Seed {found['seed']}, {found['tokens']:,} tokens in {found['seconds'] / 60:.0f} minutes with "
+        f"`{found['settings'][1]}`. `benchmarks/overfit.py`, on {place(found)}."
+    )
+    return f"![Losses of the run](figures/overfit.png)\n\n{table(head, rows)}\n\n{how}"
+
+
+def overfit_loss() -> str:
+    if not (RESULTS / "overfit.json").exists():
+        return "not measured yet"
+    found = read("overfit")
+    best, step, last = found["best_val_loss"], found["best_step"], found["val_loss"]
+    return (
+        f"validation loss {best:.4f} at step {step}, {last:.4f} at the end: [the overfit](weights.md#gpt-2-on-shakespeare)"
+    )
+
+
 def read(name: str) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return result
@@ -229,6 +262,7 @@ def quality_loss(name: str) -> str:
 OF_EXPERIMENT = {
     "shakespeare_char_cpu": parity_loss,
     "shakespeare_char_cpu_fast": race_loss,
+    "gpt2_small_shakespeare": overfit_loss,
     **{name: partial(quality_loss, name) for name in ("shakespeare_char_cpu_100s", "shakespeare_char_cpu_10min")},
     **{f"imdb{name}_small": lambda: "in equal time: [IMDB](imdb.md#against-the-reference)" for name in ("", "_reference")},
 }

@@ -23,7 +23,7 @@ FEW_ROWS = 16  # up to so many, the product that reads integers is faster than o
 def convert(model: GPT, dtype: str) -> GPT:
     """The model for inference, in eval mode, with its weights as `dtype`: fp32, bf16 or int8. The one given stays as it is.
 
-    fp32 shares its weights where they are that already. Raises UserError for another dtype, and for a model that is converted.
+    fp32 shares its weights where they are that already. Raises UserError for another dtype, or a model that is converted.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype} is not known", f"choose one of: {', '.join(DTYPES)}")
