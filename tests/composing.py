@@ -79,7 +79,7 @@ def changed(verb, schema, conf, overrides):
     config = copy.deepcopy(composed(verb, tuple(groups)))
     others = OverridesParser.create().parse_overrides([override for override in overrides if override not in groups])
     ConfigLoaderImpl._apply_overrides_to_config(others, config)
-    return cli.to_schema(config, schema)
+    return cli.to_schema(config, schema, overrides)
 
 
 REGISTER = functools.cache(cli.register)
