@@ -46,15 +46,14 @@ def write_one(model: "GPT", tokenizer: "Tokenizer", prompt: str, settings: dict[
 
 def read_prompt(prompt: str) -> str:
     """The prompt itself; @FILE is that file's text, - what comes on standard input."""
-    if prompt == "-":
-        return sys.stdin.read()
-    if not prompt.startswith("@"):
+    if prompt != "-" and not prompt.startswith("@"):
         return prompt
     try:
-        return Path(prompt[1:]).read_text(encoding="utf-8")
+        return sys.stdin.read() if prompt == "-" else Path(prompt[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(f"the prompt file {prompt[1:]} cannot be read: {reason}", "check its name") from error
+        name = "on standard input" if prompt == "-" else f"file {prompt[1:]}"
+        raise UserError(f"the prompt {name} cannot be read: {reason}", "check what it holds") from error
 
 
 if __name__ == "__main__":

@@ -310,23 +310,41 @@ EVIL = {
     "callbacks": "hydra: {callbacks: {x: {_target_: distutils.spawn.spawn, cmd: [mkdir, exploded]}}}",
     "job_logging": "hydra: {job_logging: {formatters: {x: {(): os.mkdir, path: exploded}}}}",
     "hydra_logging": "hydra: {hydra_logging: {handlers: {x: {class: subprocess.Popen, args: [mkdir, exploded]}}}}",
+    "formatters": "hydra: {job_logging: {formatters: {x: '${oc.create:{class:os.mkdir,format:exploded}}'}}}",
     "loggers": "seed: 1\nhydra: {job_logging: {loggers: '${seed}'}}",
 }
 
 
-@pytest.mark.parametrize("sweep", [(), ("-m", "seed=1,2")], ids=["a run", "a sweep"])
+TRUSTING = 'hydra: {sweeper: {params: {allow_targets: "[os]"}}}'
+CHOSEN = ("-m", "experiment=evil,null")
+
+
+@pytest.mark.parametrize("sweep", [("experiment=evil",), ("-m", "seed=1,2", "experiment=evil"), CHOSEN], ids=str)
 @pytest.mark.parametrize("part", EVIL)
 def test_a_recipe_has_hydra_call_nothing(part, sweep, tmp_path, monkeypatch, capsys):
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
     (conf / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{EVIL[part]}\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *sweep, "experiment=evil", "dry_run=true"])
+    monkeypatch.setattr(sys, "argv", ["train.py", *sweep, "dry_run=true"])
+    parts = ("callbacks", "job_logging", "hydra_logging")
     with pytest.raises(SystemExit) as left:
         cli.main("train", SCHEMAS["train"], lambda *_: None, conf)
     assert left.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: hydra.{'job_logging.' if part == 'loggers' else ''}{part}")
+    assert capsys.readouterr().err.startswith(f"error: hydra.{'' if part in parts else 'job_logging.'}{part}")
     assert {path.name for path in tmp_path.iterdir()} == {"conf"}
+
+
+def test_a_recipe_cannot_trust_a_package_for_the_jobs_of_a_sweep(tmp_path, monkeypatch, capsys):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    (conf / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{TRUSTING}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "experiment=evil", "seed=1,2", "dry_run=true"])
+    with pytest.raises(SystemExit) as left:
+        cli.main("train", SCHEMAS["train"], lambda *_: None, conf)
+    assert left.value.code == 2
+    assert "allow_targets=[os] is in a file" in capsys.readouterr().err
 
 
 GIANTS = [{"n_embd": 2**20}, {"n_layer": 1000, "n_embd": 2**19}]

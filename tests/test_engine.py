@@ -214,6 +214,17 @@ def test_logits_that_are_no_numbers_end_their_own_text_alone():
     assert (ids(together), fine.reason) == (ids(alone), "length")  # also what it had read when the other's place was filled
 
 
+def test_a_text_that_is_given_up_while_it_waits_frees_its_place():
+    with running(max_batch=1, max_waiting=1) as engine:
+        (first,) = engine.submit([Request([1], 10**6)], [lambda _: None])
+        ended = queue.SimpleQueue()
+        (second,) = engine.submit([Request([1], 1)], [ended.put])
+        second.cancel()
+        assert ended.get(timeout=30) == Ended("cancelled")
+        engine.submit([Request([1], 1)], [lambda _: None])
+        first.cancel()
+
+
 @pytest.mark.parametrize(
     "request_",
     [{"ids": [V]}, {"ids": [-1]}, {"ids": [1], "logit_bias": {V: 1.0}}, {"ids": []}, {"max_new_tokens": -1}],

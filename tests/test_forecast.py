@@ -120,6 +120,12 @@ def test_a_step_too_large_to_try_is_extended_from_a_small_one(monkeypatch):
     assert probe().validation_seconds(trained=3.0) == 1.0
 
 
+def test_the_small_steps_can_be_taken(monkeypatch):
+    monkeypatch.setattr("tinygpt.forecast.PROBE_FLOPS", 0)
+    assert probe(n_layer=3).step_seconds(share=4, micro=2) > 0
+    probe().try_steps(2)  # with which a GPU's micro-batch is found
+
+
 def test_a_machine_that_is_busy_elsewhere_gives_no_time_below_zero(monkeypatch):
     """The second layer seemed to take less than none."""
     monkeypatch.setattr("tinygpt.forecast.PROBE_FLOPS", 0)

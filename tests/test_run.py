@@ -557,6 +557,13 @@ def test_a_least_number_of_steps_is_all_that_it_is(tmp_path):
     assert steps == list(range(summary(run_dir)["steps"] + 1))
 
 
+def test_a_stop_that_has_to_wait_is_kept(tmp_path, monkeypatch):
+    late = {"steps": 200, "every": 20, "stop_at_loss": 2.9, "trainer": {"min_steps": 30}}
+    whole = run(tmp_path, "whole", **late)
+    assert summary(whole)["steps"] == 30
+    assert_same_run(killed_and_resumed(tmp_path, monkeypatch, 25, **late), whole)
+
+
 def test_a_run_without_validations_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"limit_val_batches=0"):
         run(tmp_path, trainer={"limit_val_batches": 0})

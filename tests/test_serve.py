@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ import yaml
 from tinygpt.checkpoint import load
 from tinygpt.config import ServeConfig, UserError
 from tinygpt.generate import generate
-from tinygpt.serve import listening, make_app, named_checkpoints
+from tinygpt.serve import connections, listening, make_app, named_checkpoints
 from tinygpt.served import Library, Limits
 
 BLOCK = 16
@@ -36,7 +37,7 @@ def serving(run, *, gpt2=None, limits=None, api_key=None, playground=False, **co
     if gpt2:
         library.add("gpt2", gpt2, later=True)
     with listening("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(make_app(library, settings, api_key), log_level="error", access_log=False))
+        server = uvicorn.Server(connections(make_app(library, settings, api_key), settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -270,6 +271,40 @@ def test_metrics_count(address, engine):
     assert 'path="/no/such/page"' not in httpx.get(f"{address}/metrics").text
 
 
+def test_one_request_cannot_ask_for_millions_of_texts(address):
+    """Nor does it take the memory to make them, or a million errors."""
+    before = peak_memory()
+    answer = complete(address, prompt=[""] * 100_000, n=128)
+    assert (answer.status_code, "at once" in answer.text) == (422, True)
+    assert complete(address, prompt=[{}] * 100_000).status_code == 422
+    assert peak_memory() < before + 300e6
+
+
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_a_model_that_loads_slowly_holds_up_no_other(tiny_run, monkeypatch):
+    with serving(tiny_run, gpt2="slow") as (address, library):
+        go, loads, load = threading.Event(), [], library._load
+
+        def slow(name):
+            loads.append(name)
+            go.wait(60)
+            return load(name)
+
+        monkeypatch.setattr(library, "_load", slow)
+        asking = [threading.Thread(target=complete, args=[address], kwargs={"model": "gpt2"}) for _ in range(12)]
+        for thread in asking:
+            thread.start()
+        eventually(lambda: loads)
+        assert complete(address, max_tokens=1).status_code == 200
+        go.set()
+        for thread in asking:
+            thread.join()
+        assert loads == ["gpt2"]  # once for all
+
+
 def test_the_docs_page_loads_nothing_from_elsewhere(address):
     page = httpx.get(f"{address}/docs").text
     links = re.findall(r'(?:src|href)="([^"]+)"', page)
@@ -453,6 +488,10 @@ def test_half_a_request_is_given_up(tiny_run):
     with serving(tiny_run, timeout=0.3) as (address, _), raw(address) as half:
         half.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
         assert b" 408 " in half.recv(1000).split(b"\r\n")[0]
+        for head in (b"", b"POST /generate HTTP/1.1\r\nHost: x\r\n"):
+            with raw(address) as silent:
+                silent.sendall(head)
+                assert silent.recv(1000) == b""  # closed
         assert complete(address, max_tokens=1).status_code == 200
 
 
@@ -479,6 +518,7 @@ def test_a_failure_says_nothing_of_the_machine(tiny_run, monkeypatch):
         answer = complete(address)
         assert answer.status_code == 500
         assert "path" not in answer.text
+        assert 'status="500"' in httpx.get(f"{address}/metrics").text
         streamed = complete(address, stream=True).text
         assert json.loads(streamed.removeprefix("data: "))["error"]["type"] == "server_error"
         assert "path" not in streamed

@@ -214,6 +214,9 @@ REFUSED = [
     (("-m", "resume=latest", "seed=1,2"), "resume=latest", "resume=auto"),
     (("-m", "init_from=latest", "seed=1,2"), "init_from=latest", "its folder"),
     (("-m", "init_from=outputs/latest/checkpoints/best.ckpt", "seed=1,2"), "outputs/latest", "its folder"),
+    (("-m", "init_from=./outputs/latest", "seed=1,2"), "outputs/latest", "its folder"),
+    (("-m", "-p", "x", "seed=1,2"), "-p", "--cfg"),
+    (("-p", "x"), "-p", "--cfg"),
     (("-m", "verify_resume=true", "seed=1,2"), "verify_resume", "leave out -m"),
     (("-m", "optimizer=1e-3,3e-3"), "optimizer=0.001", "--help"),
     (("-m", "model=3", "seed=1,2"), "model=3", "--help"),
@@ -425,6 +428,7 @@ def test_a_search_tries_what_it_was_given_and_ends_what_is_hopeless(found):
 
 def test_a_search_that_was_killed_ends_as_if_it_had_not_been(found, home):
     assert struck(signal.SIGKILL, home, "2", 15, *SEARCH) is None
+    assert rows(home / "sweep/2")[-1]["step"] == "15"
     done = run_inside("train", *arguments(*SEARCH), cwd=home)
     assert done.code == 0, done.stderr
     timing = ("seconds", "rank")

@@ -88,8 +88,9 @@ def started(folder, *words):
     try:
         yield process
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(process.pid, signal.SIGKILL)
+        if not process.stdout.closed:
             process.communicate()
 
 

@@ -5,6 +5,7 @@ Nothing that the machine knows of itself (paths, tracebacks) is in an answer.
 
 import asyncio
 import json
+import math
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from tinygpt.bodies import ErrorResponse
 from tinygpt.config import UserError
-from tinygpt.engine import Full
+from tinygpt.engine import Broken, Closed, Full
 from tinygpt.served import Closing, Piece, TokenInfo, UnknownModel, Writing
 
 INVALID = "invalid_request_error"
@@ -59,8 +60,8 @@ class Text:
         (self.of_prompt if piece.of_prompt else self.tokens).extend(piece.tokens)
 
     def score(self) -> float:
-        """Log probability per token."""
-        return sum(token.logprob or 0.0 for token in self.tokens) / max(1, len(self.tokens))
+        """Log probability per token; a text without any is the last choice."""
+        return sum(token.logprob or 0.0 for token in self.tokens) / len(self.tokens) if self.tokens else -math.inf
 
 
 async def gather(writing: Writing, count: int) -> list[Text]:
@@ -112,8 +113,8 @@ def told(error: Exception) -> tuple[int, dict[str, Any]]:
         return 429, error_body("too many texts are waiting: try again later", "rate_limit_error", None, "queue_full")
     if isinstance(error, UnknownModel):
         return 404, error_body(f"{error}; {error.hint}", INVALID, "model", "model_not_found")
-    if isinstance(error, Closing):
-        return 503, error_body(str(error), "server_error")
+    if isinstance(error, Closing | Closed | Broken):
+        return 500 if isinstance(error, Broken) else 503, error_body(str(error), "server_error")
     if isinstance(error, UserError):
         return 422, error_body(f"{error}; {error.hint}" if error.hint else str(error), INVALID)
     return 500, error_body("the server failed at this request; its log says more", "server_error")

@@ -31,8 +31,10 @@ def _no_bool(value: Any) -> Any:
 Number = Annotated[FiniteFloat, BeforeValidator(_no_bool)]
 Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 Stop = StrictStr | Annotated[list[StrictStr], Field(min_length=1, max_length=4)]
-Ids = Annotated[list[StrictInt], Field(min_length=1)]
-Prompt = StrictStr | Ids | Annotated[list[StrictStr], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+# fail_fast: a list with a million wrong items has one error.
+Ids = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[StrictStr], Field(min_length=1, fail_fast=True)]
+Prompt = StrictStr | Ids | Texts | Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
 
 
 def _nullable(schema: dict[str, Any]) -> None:
@@ -63,6 +65,8 @@ class Extensions(BaseModel):
 
 
 class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     include_usage: StrictBool | None = Field(None, description="one more chunk at the end, with the usage")
     include_obfuscation: StrictBool | None = Field(None, description="accepted, and not done")
 
@@ -187,7 +191,7 @@ class Logprobs(BaseModel):
             scored = token.logprob is not None
             made.top_logprobs.append({**dict(token.top), token.text: token.logprob} if scored else None)  # type: ignore[dict-item]
             made.text_offset.append(offset)
-            offset += 0 if token.text.startswith("bytes:") else len(token.text)
+            offset += token.width
         return made
 
 

@@ -128,8 +128,9 @@ def refuse_flags(argv: list[str], known: Sequence[str]) -> None:
     for argument in argv:
         if argument.startswith("-") and argument.partition("=")[0] not in known:
             raise UserError(f"there is no option {argument}", "settings are written key=value; --help shows them")
-    if "--resolve" in argv and not any(argument.startswith(("-c", "--cfg")) for argument in argv):
-        raise UserError("--resolve is for --cfg", "python train.py --cfg job --resolve")
+    of_cfg = next((argument for argument in argv if argument.startswith(("--resolve", "-p", "--package"))), None)
+    if of_cfg and not any(argument.startswith(("-c", "--cfg")) for argument in argv):
+        raise UserError(f"{of_cfg} is for --cfg", "python train.py --cfg job --resolve")
 
 
 def refuse_removals(argv: list[str], schema: type) -> None:

@@ -33,6 +33,14 @@ class Full(Exception):
         self.retry_after = retry_after
 
 
+class Closed(UserError):
+    """The engine takes no more."""
+
+
+class Broken(UserError):
+    """The model is at fault, not who asked."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One text to write. Raises UserError for what is outside its limits.
@@ -95,7 +103,8 @@ class Job:
         self.drawn = 0
         self.cancelled = False
         self.submitted = time.monotonic()
-        self.scores: list[Drawn] = [Drawn(token) for token in request.ids[: -len(self.window)] or ()]
+        before = request.ids[: -len(self.window)] if request.score_prompt else ()
+        self.scores: list[Drawn] = [Drawn(token) for token in before]
         self.generator = torch.Generator(device)
         self.generator.manual_seed(self.generator.seed() if request.seed is None else request.seed)
         self.counts: Tensor | None = None  # of the tokens drawn
@@ -175,16 +184,26 @@ class Engine:
 
         Raises Full where the queue has no room for all, UserError for ids outside the vocabulary.
         """
-        jobs = [Job(request, to, self._checked(request)) for request, to in zip(requests, deliver, strict=True)]
+        requests = list(requests)
         with self._change:
-            if self._closed:
-                raise UserError("the engine is closed", "the server is going down")
-            free = max(0, self.max_batch - len(self._jobs)) + self.max_waiting
-            if len(self._waiting) + len(jobs) > free:
-                raise Full(min(60, max(1, math.ceil(self._seconds))))
+            self._refuse_full(len(requests))  # before the work of making them
+        for ids in {id(request.ids): request.ids for request in requests}.values():  # which many may share
+            self._check(ids)
+        for bias in {id(request.logit_bias): request.logit_bias for request in requests}.values():
+            self._check(bias)
+        jobs = [Job(request, to, self.model) for request, to in zip(requests, deliver, strict=True)]
+        with self._change:
+            self._refuse_full(len(jobs))
             self._waiting.extend(jobs)
             self._change.notify()
         return jobs
+
+    def _refuse_full(self, more: int) -> None:
+        if self._closed:
+            raise Closed("the engine is closed", "the server is going down")
+        free = max(0, self.max_batch - len(self._jobs)) + self.max_waiting
+        if len(self._waiting) + more > free:
+            raise Full(min(60, max(1, math.ceil(self._seconds))))
 
     def close(self) -> None:
         """End what is being written and stop the thread."""
@@ -193,12 +212,11 @@ class Engine:
             self._change.notify()
         self._thread.join(timeout=30)
 
-    def _checked(self, request: Request) -> GPT:
+    def _check(self, tokens: Iterable[int]) -> None:
         top = self.model.vocab_size
-        for token in (*request.ids, *request.logit_bias):
+        for token in tokens:
             if not 0 <= token < top:
                 raise UserError(f"the token {token} is outside the vocabulary of {top}", f"use ids from 0 to {top - 1}")
-        return self.model
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -228,12 +246,11 @@ class Engine:
         for job in [job for job in self._jobs if job.cancelled]:
             self._end(job, "cancelled")
         with self._change:
+            for job in [job for job in self._waiting if job.cancelled]:
+                self._waiting.remove(job)
+                self._deliver(job, Ended("cancelled"))
             while self._waiting and len(self._jobs) < self.max_batch:
-                job = self._waiting.popleft()
-                if job.cancelled:
-                    self._deliver(job, Ended("cancelled"))
-                else:
-                    self._jobs.append(job)
+                self._jobs.append(self._waiting.popleft())
 
     def _read_prompts(self) -> None:
         """Read up to CHUNK tokens of the texts that are behind by more than one; the last token is the step's."""
@@ -273,7 +290,7 @@ class Engine:
             if job.request.score_prompt and job.drawn == 0:
                 self._deliver(job, Read([*job.scores, *self._last_prompt_token(job)]))
             if not fine:
-                self._end(job, "error", UserError("the model's logits are not finite numbers", "its training diverged"))
+                self._end(job, "error", Broken("the model's logits are not finite numbers", "its training diverged"))
         if not all(sound):
             jobs, logits = [job for job, fine in zip(jobs, sound, strict=True) if fine], logits[torch.tensor(sound)]
         self._draw(jobs, logits)

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+import h11
 from fastapi import HTTPException, Request
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinygpt.answers import INVALID, error_body
 from tinygpt.served import Library
@@ -68,6 +70,35 @@ class Limited:
         return HTTPException(413, f"the request is larger than {self.max_bytes} bytes", {"Connection": "close"})
 
 
+def in_time(seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, which closes a connection that does not send the head of a request within `seconds`: Limited is
+    asked only after that."""
+
+    class Timed(H11Protocol):
+        head: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.watch(waits=True)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.watch(waits=self.conn.their_state is h11.IDLE)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.watch(waits=False)
+            super().connection_lost(exc)
+
+        def watch(self, waits: bool) -> None:
+            if waits and self.head is None:
+                self.head = self.loop.call_later(seconds, self.transport.close)
+            elif not waits and self.head is not None:
+                self.head.cancel()
+                self.head = None
+
+    return Timed
+
+
 class Key:
     """A dependency: the API key as a bearer token, where the server has one."""
 
@@ -106,6 +137,9 @@ class Meters:
 
         try:
             await self.app(scope, receive, watched)
+        except Exception:
+            status = status or 500  # Starlette answers it outside of this middleware
+            raise
         finally:
             # The route, not the path asked for: that one could be anything, and each would be a series of its own.
             path = getattr(scope.get("route"), "path", "other")

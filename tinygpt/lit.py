@@ -188,7 +188,7 @@ class LitGPT(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.refuse_broken_weights()
         checkpoint["tinygpt"], checkpoint["val_metrics"] = self.card, self.val_metrics
-        checkpoint["skipped_steps"], checkpoint["stopped"] = self.finite_steps.skipped, stopping(self.trainer)
+        checkpoint["skipped_steps"], checkpoint["stopped"] = self.finite_steps.skipped, bool(self.trainer.should_stop)
         if self.last_step:  # for the line in metrics.csv, where the run stops between a step and its validation
             step = {"train/loss": self.step_loss(), "grad_norm": float(self.last_step["grad_norm"])}
             checkpoint["last_step"] = {**step, "lr": self.last_lr}

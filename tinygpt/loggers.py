@@ -69,9 +69,13 @@ class CSVLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         assert step is not None
-        if not self.begun or step == self.last:  # a callback after ours has ended the run, which is then validated
-            self.begun, self.waiting = False, [line for line in self.waiting if line[0] != step]
+        if not self.begun:
             self.cut_back(step - 1)
+        elif step == self.last:  # a callback after ours has ended the run, which is then validated
+            self.begun, self.waiting = False, [line for line in self.waiting if line[0] != step]
+            with contextlib.suppress(OSError):  # then the step has two lines
+                self.cut_back(step - 1)
+            self.begun = True
         self.last = step
         self.waiting.append([step, *("" if metrics.get(c) is None else metrics[c] for c in COLUMNS[1:])])
         self.flush()

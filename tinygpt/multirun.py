@@ -88,7 +88,8 @@ def refuse_elsewhere(overrides: Sequence[str]) -> None:
 def refuse_moving(key: str, value: str = "") -> None:
     """UserError for what would be another thing to each job."""
     key, value = key.lstrip("+"), value.strip("'")
-    if key == "init_from" and (value == "latest" or value.startswith("outputs/latest")):
+    moves = value == "latest" or Path(value).absolute().is_relative_to(Path("outputs/latest").absolute())
+    if key == "init_from" and moves:
         raise UserError(f"init_from={value} would be the job before, for each job", "name its folder: init_from=outputs/...")
     if key == "resume" and value not in ("auto", "null"):
         raise UserError(f"resume={value} is of one run", "resume=auto goes on with a sweep; init_from=RUN starts from a run")
@@ -110,7 +111,11 @@ def prepare(task: TaskFunction, conf: Path, overrides: Sequence[str]) -> tuple[D
         batch = [[*job.overrides, f"hydra.sweep.subdir={job.folder.name}"] for job in jobs]
         for one in batch:
             with composing(conf, one):  # what does not compose is refused before any job begins
-                engine.config_loader.load_sweep_config(master, one)
+                config = engine.config_loader.load_sweep_config(master, one)
+            refuse_calls(plain(config.hydra))  # a group that is swept is in no config before
+            for key in ("init_from", "resume", "verify_resume"):
+                if config[key] is not None:
+                    refuse_moving(key, str(config[key]))
         for done in launcher.launch(batch, initial_job_idx=int(jobs[0].folder.name)) if batch else ():
             if done.status is JobStatus.FAILED:
                 raise done._return_value
@@ -195,6 +200,8 @@ def held(sweep_dir: Path) -> Iterator[None]:
 def swept(master: DictConfig) -> list[Override]:
     """The command's overrides and, where it does not name them, those of hydra.sweeper.params."""
     params = [f"{key}={value}" for key, value in (plain(master.hydra.sweeper).get("params") or {}).items()]
+    if trusting := next((item for item in params if item.startswith("allow_targets=")), None):
+        raise UserError(f"{trusting} is in a file of the config", "it counts on the command line alone")
     arguments = [*params, *plain(master.hydra.overrides.task)]
     engine = GlobalHydra.instance().hydra
     assert engine is not None

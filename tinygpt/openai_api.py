@@ -38,7 +38,8 @@ def openai_routes(library: Library) -> APIRouter:
         """Continue one prompt or several. `stream` sends server-sent events."""
         if problem := asked.problem():
             return JSONResponse(error_body(problem[1], INVALID, problem[0]), 422)
-        served = await asyncio.to_thread(library.get, asked.model)
+        served = await library.fetch(asked.model)
+        served.refuse_too_many(len(asked.prompts) * asked.candidates)
         writing = await served.begin(await asyncio.to_thread(asked.asks))
         head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -95,7 +96,7 @@ async def completion_chunks(
         logprobs = None
         if asked.logprobs is not None and tokens:
             logprobs = Logprobs.of(list(tokens), offsets[index]).model_dump()
-        offsets[index] += len(text)
+        offsets[index] += sum(token.width for token in tokens)
         choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
         return json.dumps({**head, "choices": [choice], **null_usage})
 

@@ -167,7 +167,7 @@ async def compose(library: Library, controls: Sequence[Any], draft: Draft) -> No
         asks = settings.asks()
         if settings.model not in [served.name for served in library.ready]:
             draft.say(f"Loading {settings.model} …")
-        served = await asyncio.to_thread(library.get, settings.model)
+        served = await library.fetch(settings.model)
         async with await served.begin(asks) as writing:
             draft.begin(settings.prompt, settings.outputs)
             draft.say("Waiting for a place …" if served.engine.active >= served.engine.max_batch else "Writing …")

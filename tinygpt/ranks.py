@@ -45,8 +45,7 @@ def give_way() -> None:
 def requeue() -> None:
     """Have SLURM start this job again, if there is one."""
     array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
-    if (
-        job := f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
-    ):  # the id of one task may be the array's
+    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")  # a task's id may be the whole array's
+    if job:
         with contextlib.suppress(OSError):
             subprocess.run(["scontrol", "requeue", job], check=False)

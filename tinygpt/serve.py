@@ -28,7 +28,7 @@ from tinygpt.answers import ERRORS, EVENTS, HANDLERS, answer, events, gather
 from tinygpt.bodies import GeneratedText, GenerateRequest, Health
 from tinygpt.checkpoint import pick_device
 from tinygpt.config import ServeConfig, UserError
-from tinygpt.guard import Key, Limited, Meters, exposition
+from tinygpt.guard import Key, Limited, Meters, exposition, in_time
 from tinygpt.openai_api import openai_routes
 from tinygpt.served import Library, Limits, Served, Writing
 
@@ -100,7 +100,7 @@ def generate_routes(library: Library) -> APIRouter:
     @router.post("/generate/{model}", response_model=GeneratedText, responses=ERRORS)
     async def generate_by(model: str, asked: GenerateRequest, request: Request) -> Response:
         """The same by the model of this name."""
-        return await write(await asyncio.to_thread(library.get, model), asked, request)
+        return await write(await library.fetch(model), asked, request)
 
     @router.post("/generate_stream", response_class=StreamingResponse, responses=ERRORS | EVENTS)
     async def generate_stream(asked: GenerateRequest) -> Response:
@@ -140,10 +140,19 @@ def serve(config: ServeConfig) -> None:
         print(f"serving {', '.join(library.names)} at http://{host}:{port}", file=sys.stderr, flush=True)
         if config.browser:
             Thread(target=open_browser, args=(f"http://{host}:{port}",), daemon=True).start()  # it waits for the server
-        settings = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2 * GRACE
-        )
-        Server(settings, library).run(sockets=[listener])
+        Server(connections(app, config), library).run(sockets=[listener])
+
+
+def connections(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
+    """How uvicorn speaks with the network."""
+    return uvicorn.Config(
+        app,
+        http=in_time(config.timeout),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=2 * GRACE,
+    )
 
 
 class Server(uvicorn.Server):
@@ -175,8 +184,9 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise UserError(f"cannot listen at {host}:{port}: {error.strerror or error}", "choose another port=") from error
+    except (OSError, UnicodeError) as error:  # the latter for a name that is none
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen at {host}:{port}: {reason}", "choose another host= or port=") from error
     with listener:
         yield listener
 

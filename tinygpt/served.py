@@ -6,9 +6,11 @@ asyncio, for (number of the text, Piece). The HTTP API and the playground are bo
 
 import asyncio
 import math
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -73,6 +75,13 @@ class TokenInfo(NamedTuple):
     top: tuple[tuple[str, float], ...]
 
     @property
+    def width(self) -> int:
+        """The characters that begin in it: of one in parts, only the first byte counts."""
+        if not self.text.startswith("bytes:"):
+            return len(self.text)
+        return sum(byte[0] not in "89ab" for byte in self.text.split("\\x")[1:])
+
+    @property
     def probability(self) -> float:
         return math.exp(self.logprob) if self.logprob is not None else 1.0
 
@@ -100,10 +109,14 @@ class Served:
             raise TooLong(f"the prompt has {len(ids)} tokens, and this server takes {most}", "send the end of it")
         return ids or [start_token(self.tokenizer)]
 
+    def refuse_too_many(self, count: int) -> None:
+        """Raises TooLong for more texts at once than may wait. To be asked before they are made."""
+        if count > (most := self.limits.max_waiting):
+            raise TooLong(f"{count} texts are asked for at once, and this server writes {most}", "ask for fewer")
+
     async def begin(self, asks: Sequence[Ask]) -> "Writing":
         """Queue all texts or none. Raises engine.Full where there is no room, UserError for a bad ask."""
-        if len(asks) > (most := self.limits.max_waiting):
-            raise TooLong(f"{len(asks)} texts are asked for at once, and this server writes {most}", "ask for fewer")
+        self.refuse_too_many(len(asks))
         requests = await asyncio.to_thread(self.requests, asks)  # encoding may take a while
         return Writing(self, asks, requests)
 
@@ -156,14 +169,12 @@ class Writing:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.prompt_tokens = [len(request.ids) for request in requests]
         self.completion_tokens = 0
-        self._last = [request.ids[-1] for request in requests]
-        self._texts = [self._continuation(ask, request) for ask, request in zip(asks, requests, strict=True)]
+        self._asks = asks
+        self._last = [before(ask, request) for ask, request in zip(asks, requests, strict=True)]
+        pairs = zip(asks, self._last, strict=True)
+        self._texts = [Continuation(served.tokenizer, last, ask.stop) for ask, last in pairs]
         self._open = set(range(len(asks)))
         self._jobs: list[Job] = served.engine.submit(requests, [self._deliver_to(number) for number in range(len(asks))])
-
-    def _continuation(self, ask: Ask, request: Request) -> Continuation:
-        spaced = isinstance(ask.prompt, str) and (not ask.prompt or ask.prompt[-1].isspace())
-        return Continuation(self._served.tokenizer, None if spaced else request.ids[-1], ask.stop)
 
     def _deliver_to(self, number: int) -> Callable[[Event], None]:
         return lambda event: self._deliver(number, event)
@@ -193,7 +204,7 @@ class Writing:
     def _piece(self, number: int, event: Event) -> Piece:
         text = self._texts[number]
         if isinstance(event, Read):
-            return Piece(tokens=tuple(self._read(event)), of_prompt=True)
+            return Piece(tokens=tuple(self._read(event)) if self._asks[number].prompt else (), of_prompt=True)
         if isinstance(event, Ended):
             if event.error is not None:
                 raise event.error
@@ -217,6 +228,12 @@ class Writing:
         return infos
 
 
+def before(ask: Ask, request: Request) -> int | None:
+    """The token that the first one is written after; None where it begins a text or a word."""
+    spaced = isinstance(ask.prompt, str) and (not ask.prompt or ask.prompt[-1].isspace())
+    return None if spaced else request.ids[-1]
+
+
 class Library:
     """The models of one server. Those given as a source only are loaded when they are first asked for."""
 
@@ -225,6 +242,7 @@ class Library:
         self._ready: dict[str, Served] = {}
         self._sources: dict[str, str] = {}
         self._loading = threading.Lock()
+        self._loads: dict[str, Future[Served]] = {}
 
     def add(self, name: str, source: str, *, later: bool = False) -> None:
         """Serve the checkpoint `source` as `name`. Raises UserError where it cannot be opened."""
@@ -258,8 +276,25 @@ class Library:
             try:
                 return self._ready.get(name) or self._load(name)
             except UserError as error:  # its message may name files of this machine: that is for the log
-                print(f"the model {name} cannot be loaded: {error}", flush=True)
+                print(f"the model {name} cannot be loaded: {error}; {error.hint}", file=sys.stderr, flush=True)
                 raise UnknownModel(f"the model {name!r} cannot be loaded here", "the server's log says why") from error
+
+    async def fetch(self, name: str) -> Served:
+        """As `get`, for the event loop: one thread of its own loads, however many ask, and the end waits for none."""
+        if name in self._ready or name not in self._sources:
+            return self.get(name)
+        if (loading := self._loads.get(name)) is None:
+            self._loads[name] = loading = Future()
+            threading.Thread(target=self._load_into, args=(loading, name), daemon=True).start()
+        return await asyncio.shield(asyncio.wrap_future(loading))  # whoever leaves does not end it for the others
+
+    def _load_into(self, loading: "Future[Served]", name: str) -> None:
+        try:
+            loading.set_result(self.get(name))
+        except Exception as error:
+            loading.set_exception(error)
+        finally:
+            del self._loads[name]
 
     def _load(self, name: str) -> Served:
         source = self._sources[name]

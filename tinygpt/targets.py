@@ -154,5 +154,5 @@ def called(node: Any, path: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(node, list):
         for value in node:
             yield from called(value, path)
-    elif isinstance(node, str) and re.fullmatch(r"\$\{[^}]*\}", node.strip()):
+    elif isinstance(node, str) and re.fullmatch(r"\$\{.*\}", node.strip(), re.DOTALL):
         yield path, node

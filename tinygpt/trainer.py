@@ -22,7 +22,7 @@ OURS = {
     "callbacks": "callbacks=... and callbacks.NAME._target_=...",
     "logger": "logger=csv, tensorboard, wandb or none",
     "default_root_dir": "hydra.run.dir=...",
-    "min_epochs": "trainer.min_steps=N: a run is one endless epoch",
+    "min_epochs": "trainer.min_steps=N (a run is one endless epoch)",
     "num_sanity_val_steps": "nothing: every run begins with a whole validation",
     "check_val_every_n_epoch": "trainer.val_check_interval=N (optimizer steps)",
     "enable_checkpointing": "callbacks=none for no checkpoints",
