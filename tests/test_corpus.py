@@ -19,7 +19,7 @@ from tinygpt import corpus as module
 from tinygpt import files
 from tinygpt.config import DataConfig, UserError
 from tinygpt.corpus import cache_dir, data_dir, gpt2_merges, open_corpus
-from tinygpt.files import Download, fetch, obtain
+from tinygpt.files import Download, expanded, fetch, obtain
 
 
 def text_of(path, folder="unused"):
@@ -117,6 +117,14 @@ def failure(path) -> str:
         text_of(path)
     assert caught.value.hint
     return f"{caught.value} | {caught.value.hint}"
+
+
+def test_a_name_that_only_begins_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~draft.txt").write_text("a draft")
+    assert expanded("~draft.txt").read_text() == "a draft"
+    monkeypatch.setenv("HOME", "/a/home")
+    assert expanded("~/x") == Path("/a/home/x")
 
 
 def test_what_is_not_there_is_named(tmp_path):

@@ -78,6 +78,18 @@ def test_half_precision_logits_are_summed_in_full():
     assert metrics.compute()["loss"] == pytest.approx(float(wanted), rel=1e-6)
 
 
+def test_a_model_in_half_precision_is_judged_in_full():
+    """trainer.precision=bf16-true converts the whole module, this sum included."""
+    metrics = TextMetrics(None)
+    metrics.to(dtype=torch.bfloat16)
+    metrics.reset()
+    logits, targets = torch.randn(500, 1, 4, 5), torch.randint(5, (500, 1, 4))
+    for one, wanted in zip(logits, targets, strict=True):
+        metrics.update(one, wanted)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 2), targets.flatten()).item()
+    assert metrics.compute()["loss"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_hopeless_loss_has_an_infinite_perplexity_and_raises_nothing():
     metrics = TextMetrics(None)
     metrics.update(torch.tensor([[[0.0, 1e6]]]), torch.tensor([[0]]))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from scripts import files, run_inside
 from test_model import tokens
 
@@ -252,6 +253,19 @@ def test_places_that_would_cost_more_than_an_export(ready, monkeypatch, place):
     assert files(ready) == before
 
 
+@pytest.mark.parametrize("place", ["outputs", "outputs/latest", "outputs/run"])
+def test_the_newest_run_is_not_exported_over_itself(ready, monkeypatch, place):
+    run = ready / "outputs" / "run" / "checkpoints"
+    run.mkdir(parents=True)
+    shutil.copy(ready / "a.ckpt", run / "best.ckpt")
+    (ready / "outputs" / "latest").symlink_to("run")
+    monkeypatch.chdir(ready)
+    before = files(ready)
+    with pytest.raises(UserError, match="the checkpoint itself"):
+        export(ExportConfig(out=place, format="safetensors", overwrite=True))
+    assert files(ready) == before
+
+
 @pytest.mark.parametrize("layout", ["hf", "safetensors"])
 def test_a_wrong_export_is_never_there(ready, monkeypatch, layout):
     written(ready)
@@ -273,7 +287,7 @@ def test_a_full_disk_leaves_the_earlier_export(ready, monkeypatch):
     written(ready)
 
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # as it does
 
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(UserError, match="no room left"):

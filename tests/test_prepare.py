@@ -1,5 +1,6 @@
 """prepare.py: what a training finds, after a kill at any moment, on every core, from data sets of the Hugging Face form."""
 
+import gzip
 import json
 import os
 import re
@@ -295,6 +296,16 @@ def test_a_folder_of_json_lines_trains_a_model(datasets, tmp_path):
     done = run_inside("train", *SMALL, *arguments, "trainer.max_steps=1", "data.layout=packed", cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [gzip.compress(b'{"text": "a"}\n' * 9)[:-9], b"no gzip"], ids=["cut short", "foreign"])
+def test_a_damaged_file_of_a_data_set_is_said_to_be_one(datasets, content, tmp_path):
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/train.jsonl.gz").write_bytes(content)
+    done = run_inside("prepare", "data=hf", "data.path=packed", "data/tokenizer=byte", cwd=tmp_path)
+    assert done.code == 2
+    assert done.stderr.startswith(f"error: a file of {tmp_path}/packed is damaged"), done.stderr
+    assert "get it again" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def run(folder: Path, name="run", overrides=(), quick=True, **changes) -> Path:
     """Train in folder/name, `quickly` unless told otherwise, and give that directory."""
     run_dir = folder / name
     run_dir.mkdir(exist_ok=True)
-    with quickly() if quick else contextlib.nullcontext():
+    with contextlib.chdir(folder), quickly() if quick else contextlib.nullcontext():  # whose outputs/latest it moves
         train(settings(folder, **changes), run_dir, overrides)
     return run_dir
 

@@ -404,7 +404,7 @@ class EvaluateConfig:
         choices=("windows", "openings"),
     )
     data: DataConfig | None = option(None, "another text (data=text data.path=...); null: the checkpoint's own corpus")
-    batch_size: int = option(32, "windows per forward pass", ge=1, le=2**16)
+    batch_size: int | None = option(None, "windows per forward pass; null: found for you", ge=1, le=2**16)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("fp32", DTYPE_HELP, choices=DTYPES)
     data_dir: str | None = option(None, "where corpora live; null: $TINYGPT_DATA_DIR, else data/")

@@ -21,7 +21,7 @@ from typing import IO
 
 from tinygpt import imdb
 from tinygpt.config import DataConfig, UserError
-from tinygpt.files import Download, obtain, open_packed, reading
+from tinygpt.files import Download, expanded, obtain, open_packed, reading
 from tinygpt.streams import Stream
 from tinygpt.synthetic import Source
 
@@ -33,12 +33,12 @@ _BINARY_PROBE = 2**13
 
 def data_dir(value: str | None) -> Path:
     """Where corpora live: `value`, else $TINYGPT_DATA_DIR, else data/."""
-    return Path(value or os.environ.get("TINYGPT_DATA_DIR") or "data").expanduser()
+    return expanded(value or os.environ.get("TINYGPT_DATA_DIR") or "data")
 
 
 def cache_dir(value: str | None) -> Path:
     """Where tokens are kept: `value`, else $TINYGPT_CACHE_DIR, else data/cache."""
-    return Path(value or os.environ.get("TINYGPT_CACHE_DIR") or "data/cache").expanduser()
+    return expanded(value or os.environ.get("TINYGPT_CACHE_DIR") or "data/cache")
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def find_files(path: str) -> list[Path]:
 
     Raises UserError where there are none.
     """
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.is_file():
         return [place]
     if place.is_dir():

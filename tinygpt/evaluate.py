@@ -34,15 +34,16 @@ class TextMetrics(Metric):
         self.lossless = byte_lengths is not None
         lengths = torch.as_tensor(byte_lengths if byte_lengths is not None else [0], dtype=torch.int64)
         self.register_buffer("byte_lengths", lengths, persistent=False)
-        exact = torch.float32 if torch.backends.mps.is_available() else torch.float64  # MPS has no float64
-        self.add_state("nll", torch.zeros((), dtype=exact), dist_reduce_fx="sum")
+        self.exact = torch.float32 if torch.backends.mps.is_available() else torch.float64  # MPS has no float64
+        self.add_state("nll", torch.zeros((), dtype=self.exact), dist_reduce_fx="sum")
         for name in ("correct", "tokens", "bytes"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add logits (B, T, V) and their targets (B, T); targets equal to IGNORED count for nothing."""
         logits, targets = logits.flatten(0, 1).float(), targets.flatten()
-        self.nll += F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        # trainer.precision=bf16-true converts this sum too, while it is still zero.
+        self.nll = self.nll.to(self.exact) + F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         kept = targets != IGNORED
         self.correct += ((logits.argmax(dim=-1) == targets) & kept).sum()
         self.tokens += kept.sum()

@@ -7,6 +7,7 @@ renamed. So whoever reads sees the earlier export or the new one, and no export 
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tinygpt import __version__
 from tinygpt import checkpoint as ckpt
 from tinygpt.config import ExportConfig, UserError
+from tinygpt.files import expanded
 from tinygpt.hub import to_layout
 from tinygpt.model import GPT
 from tinygpt.model_card import model_card
@@ -42,12 +45,14 @@ def export(config: ExportConfig) -> str:
     """
     if not config.out:
         raise UserError("export needs out=DIR", "name the directory to write, for example out=my-model")
-    out = Path(config.out).expanduser().resolve()
+    out = expanded(config.out).resolve()
     refuse_out(out, config)
     if config.format == "hf":
         need_transformers()
     name, opened = ckpt.open_any(config.ckpt)
     model, tokenizer = ckpt.rebuild(opened)
+    if config.format == "hf":
+        model = model.float()  # as its layout says; of a model in half the bytes ours would be the less exact logits
     with replacing(out) as folder:
         write, check = {"hf": (write_hf, check_hf), "safetensors": (write_own, check_own)}[config.format]
         notes = write(model, tokenizer, folder)
@@ -81,7 +86,9 @@ def refuse_out(out: Path, config: ExportConfig) -> None:
 
 
 def ckpt_folder(config: ExportConfig) -> Path:
-    return Path(config.ckpt.removeprefix(PREFIX)).expanduser()
+    if config.ckpt == "latest":
+        return ckpt.LATEST
+    return expanded(config.ckpt.removeprefix(PREFIX))
 
 
 def foreign(out: Path) -> list[str]:
@@ -153,10 +160,20 @@ def write_hf(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> list[str]
     if settings["eos_token_id"] is not None:
         ids = {name: settings[name] for name in ("bos_token_id", "eos_token_id")}
         write_json(folder / "generation_config.json", ids)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_weights(tensors, folder / WEIGHTS)
     if tokenizer is None:
         return ["the checkpoint brings no tokenizer: none was written"]
     return write_checked_tokenizer(tokenizer, folder, model.config.block_size)
+
+
+def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' save_file; what the disk refuses is an OSError, which its own error is not."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if not (found := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def write_checked_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> list[str]:
@@ -183,12 +200,14 @@ def probe(tokenizer: Tokenizer) -> str:
     if isinstance(tokenizer, CharTokenizer):
         return tokenizer.decode(range(tokenizer.vocab_size))
     draw = torch.Generator().manual_seed(0)
-    return PROBE + tokenizer.decode(torch.randint(tokenizer.vocab_size, (2000,), generator=draw).tolist())
+    # The text of a special token is characters to us and one token to them (docs/weights.md).
+    ordinary = tokenizer.vocab_size - len(getattr(tokenizer, "special_tokens", ()))
+    return PROBE + tokenizer.decode(torch.randint(ordinary, (2000,), generator=draw).tolist())
 
 
 def write_own(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> list[str]:
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_weights(tensors, folder / WEIGHTS)
     return [] if tokenizer else ["the checkpoint brings no tokenizer: none was written"]
 
 
@@ -217,8 +236,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def run_summary(name: str) -> dict[str, Any]:
-    """summary.json of the run that a checkpoint file lies in; nothing for one that lies elsewhere."""
-    return {} if name.startswith(PREFIX) else read_summary(Path(name).parent.parent)
+    """What summary.json, of the run that a checkpoint file lies in, says of that checkpoint."""
+    path = Path(name)
+    if name.startswith(PREFIX) or path.name not in ("best.ckpt", "last.ckpt"):
+        return {}
+    summary = read_summary(path.parent.parent)
+    return summary if path.name == "best.ckpt" else {key: said for key, said in summary.items() if "best_" not in key}
 
 
 # Whether it is right

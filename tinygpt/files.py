@@ -188,3 +188,8 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged: {error}", "it cannot be unpacked: get it again") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", "check that it is there and readable") from error
+
+
+def expanded(path: str) -> Path:
+    """With ~ and ~USER as their folders; a name that only begins so stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises where there is no such user)

@@ -5,7 +5,7 @@ there, and which rows of it each of them holds.
 """
 
 import copy
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -61,7 +61,7 @@ def read_layout(config: HubConfig, tensors: Tensors) -> tuple[ModelConfig, int, 
     """
     readers = {"gpt2": _read_gpt2, "llama": _read_llama}
     kind = config.get("model_type")
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         said = f"model_type={shorten(kind)}" if kind is not None else "no model_type"
         raise UserError(f"the model's config.json says {said}", f"tinygpt reads these layouts: {', '.join(readers)}")
     return readers[kind](config, tensors)
@@ -256,7 +256,7 @@ def _optional_size(config: HubConfig, name: str) -> int | None:
 
 def _number(config: HubConfig, name: str, default: float) -> float:
     value = config.get(name, default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise _unsupported(name, value, "numbers above 0 for it", exactly=False)
     return float(value)
 
@@ -279,8 +279,8 @@ def _unsupported(name: str, value: Any, only: Any, exactly: bool = True) -> User
     return UserError(f"the model's config.json says {name}={shorten(value)}", f"tinygpt supports {supported}")
 
 
-def _gelu(name: str) -> str:
-    if name not in _GELUS:
+def _gelu(name: Any) -> str:
+    if not isinstance(name, str) or name not in _GELUS:
         raise _unsupported("activation_function", name, " or ".join(_GELUS))
     return _GELUS[name]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tinygpt.archive import read_outline
 from tinygpt.config import ModelConfig, UserError
+from tinygpt.files import expanded
 from tinygpt.hub import read_layout
 from tinygpt.tokenizer import Tokenizer, from_state
 from tinygpt.tokenizer_files import read_tokenizer
@@ -62,7 +63,7 @@ def open_hub(source: str) -> Pretrained:
 
     Raises UserError where there is none, or none that tinygpt can express.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not folder.is_dir():
         if not _NAME.fullmatch(source):
             raise UserError(f"there is no folder {source}", "hf: takes a folder, or a name on the hub such as hf:gpt2")
@@ -220,8 +221,9 @@ def read_bin(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be opened safely: it holds more than tensors", f"use {WEIGHTS}") from error
     except UserError:
         raise
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError) as error:
+    except Exception as error:  # the errors of torch's reader of old files are of all kinds
         raise UserError(f"{path} cannot be read", _GET_AGAIN) from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    named = isinstance(tensors, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items())
+    if not named:
         raise UserError(f"{path} holds something else than named tensors", "is it a checkpoint of training? export it first")
     return dict(tensors)

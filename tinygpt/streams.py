@@ -3,10 +3,13 @@
 Nothing is kept on disk but the tokens that are made of them: what is read twice is downloaded twice.
 """
 
+import gzip
 import hashlib
 import json
 import logging
+import lzma
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt.config import DataConfig, UserError
-from tinygpt.files import reading
+from tinygpt.files import expanded, reading
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -40,7 +43,7 @@ class Stream:
     @classmethod
     def of(cls, config: DataConfig) -> "Stream":
         assert config.path
-        folder = Path(config.path).expanduser()
+        folder = expanded(config.path)
         path = str(folder.absolute()) if folder.exists() else config.path
         return cls(path, config.subset, config.revision, config.hf_split, config.column, config.max_documents)
 
@@ -134,6 +137,8 @@ def _reaching(path: str) -> Iterator[None]:
         if "scripts are no longer supported" in str(error):
             hint = "its files of data may be had with data.revision=refs/convert/parquet"
         raise UserError(f"the data set {path} cannot be read: {_line(error)}", hint) from error
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise Unreachable(f"a file of {path} is damaged: {_line(error)}", "get it again, then start again") from error
     except Exception as error:
         if not _of_the_network(error):
             raise
