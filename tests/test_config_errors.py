@@ -310,6 +310,7 @@ EVIL = {
     "callbacks": "hydra: {callbacks: {x: {_target_: distutils.spawn.spawn, cmd: [mkdir, exploded]}}}",
     "job_logging": "hydra: {job_logging: {formatters: {x: {(): os.mkdir, path: exploded}}}}",
     "hydra_logging": "hydra: {hydra_logging: {handlers: {x: {class: subprocess.Popen, args: [mkdir, exploded]}}}}",
+    "handlers": "hydra: {job_logging: {handlers: {x: {class: logging.os.mkdir, path: exploded}}}}",
     "formatters": "hydra: {job_logging: {formatters: {x: '${oc.create:{class:os.mkdir,format:exploded}}'}}}",
     "loggers": "seed: 1\nhydra: {job_logging: {loggers: '${seed}'}}",
 }

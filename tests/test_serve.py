@@ -285,8 +285,8 @@ def peak_memory():
 
 
 def test_a_model_that_loads_slowly_holds_up_no_other(tiny_run, monkeypatch):
-    with serving(tiny_run, gpt2="slow") as (address, library):
-        go, loads, load = threading.Event(), [], library._load
+    with serving(tiny_run, gpt2=str(tiny_run)) as (address, library):
+        go, loads, load, answers = threading.Event(), [], library._load, []
 
         def slow(name):
             loads.append(name)
@@ -294,7 +294,10 @@ def test_a_model_that_loads_slowly_holds_up_no_other(tiny_run, monkeypatch):
             return load(name)
 
         monkeypatch.setattr(library, "_load", slow)
-        asking = [threading.Thread(target=complete, args=[address], kwargs={"model": "gpt2"}) for _ in range(12)]
+        asking = [
+            threading.Thread(target=lambda: answers.append(complete(address, model="gpt2", max_tokens=1).status_code))
+            for _ in range(12)
+        ]
         for thread in asking:
             thread.start()
         eventually(lambda: loads)
@@ -303,6 +306,7 @@ def test_a_model_that_loads_slowly_holds_up_no_other(tiny_run, monkeypatch):
         for thread in asking:
             thread.join()
         assert loads == ["gpt2"]  # once for all
+        assert answers == [200] * 12
 
 
 def test_the_docs_page_loads_nothing_from_elsewhere(address):
@@ -488,6 +492,12 @@ def test_half_a_request_is_given_up(tiny_run):
     with serving(tiny_run, timeout=0.3) as (address, _), raw(address) as half:
         half.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
         assert b" 408 " in half.recv(1000).split(b"\r\n")[0]
+        with raw(address) as idle:
+            idle.sendall(b"POST /nope HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+            assert b" 404 " in idle.recv(1000).split(b"\r\n")[0]
+            idle.sendall(b"x")  # of a body that nobody reads
+            while idle.recv(1000):  # until it is closed
+                pass
         for head in (b"", b"POST /generate HTTP/1.1\r\nHost: x\r\n"):
             with raw(address) as silent:
                 silent.sendall(head)

@@ -122,6 +122,8 @@ def told(error: Exception) -> tuple[int, dict[str, Any]]:
 
 async def on_error(_: Request, error: Exception) -> Response:
     status, body = told(error)
+    if isinstance(error, Broken):  # of what is no UserError uvicorn says it
+        print(f"a request ended with {status}: {error}", file=sys.stderr, flush=True)
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Full) else {}
     return JSONResponse(body, status, headers)
 

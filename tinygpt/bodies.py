@@ -55,7 +55,9 @@ class Extensions(BaseModel):
     def null_is_the_default(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {name: value for name, value in values.items() if value is not None or name == "prompt"}
+        unknown = [name for name in values if name not in cls.model_fields]
+        more = set(unknown[1:])  # one is enough to say
+        return {k: value for k, value in values.items() if (value is not None or k == "prompt") and k not in more}
 
     top_k: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="draw from the k likeliest tokens only")
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = Field(
@@ -127,6 +129,7 @@ class CompletionRequest(Extensions):
     def asks(self) -> list[Ask]:
         """The texts to write: `candidates` for each prompt. Equal seeds write equal texts, each candidate its own."""
         wants_scores = self.logprobs is not None or self.candidates > self.n
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         return [
             Ask(
                 prompt,
@@ -136,7 +139,7 @@ class CompletionRequest(Extensions):
                 None if self.seed is None else (self.seed + number) % 2**63,
                 self.presence_penalty,
                 self.frequency_penalty,
-                {int(token): bias for token, bias in (self.logit_bias or {}).items()},
+                bias,
                 (self.logprobs or 0) if wants_scores else None,
                 score_prompt=self.echo and self.logprobs is not None,
             )
@@ -193,6 +196,9 @@ class Logprobs(BaseModel):
             made.text_offset.append(offset)
             offset += token.width
         return made
+
+    def __add__(self, other: "Logprobs") -> "Logprobs":
+        return Logprobs(**{name: getattr(self, name) + getattr(other, name) for name in Logprobs.model_fields})
 
 
 class Choice(BaseModel):

@@ -110,6 +110,10 @@ class Job:
         self.counts: Tensor | None = None  # of the tokens drawn
         if request.presence_penalty or request.frequency_penalty:
             self.counts = torch.zeros(model.vocab_size, device=device)
+        self.bias: Tensor | None = None
+        if bias := request.logit_bias:
+            self.bias = torch.zeros(model.vocab_size, device=device)
+            self.bias[list(bias)] = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
         self.seen: Tensor | None = None
         if request.sampling.repetition_penalty != 1:
             self.seen = torch.zeros(model.vocab_size, dtype=torch.bool, device=device)
@@ -118,7 +122,7 @@ class Job:
     @property
     def adjusts(self) -> bool:
         """Whether `adjust` changes anything."""
-        return self.counts is not None or self.seen is not None or bool(self.request.logit_bias)
+        return self.counts is not None or self.seen is not None or self.bias is not None
 
     @property
     def unread(self) -> int:
@@ -143,10 +147,8 @@ class Job:
         request = self.request
         if self.counts is not None:
             logits = logits - request.frequency_penalty * self.counts - request.presence_penalty * (self.counts > 0)
-        if request.logit_bias:
-            logits = logits.clone()
-            for token, bias in request.logit_bias.items():
-                logits[token] += bias
+        if self.bias is not None:
+            logits = logits + self.bias
         if self.seen is not None:
             logits = penalise_repetition(logits, self.seen, request.sampling.repetition_penalty)
         return logits

@@ -83,7 +83,8 @@ def in_time(seconds: float) -> type[H11Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self.watch(waits=self.conn.their_state is h11.IDLE)
+            # Of a request that is answered the rest is due, too: nobody else waits for it.
+            self.watch(waits=self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.watch(waits=False)

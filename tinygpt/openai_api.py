@@ -70,8 +70,8 @@ async def completion(served: Served, asked: CompletionRequest, writing: Writing,
             candidates = sorted(candidates, key=Text.score, reverse=True)
         for text in candidates[: asked.n]:
             echoed = prompt_text(served, prompt) if asked.echo else ""
-            tokens = [*text.of_prompt, *text.tokens]
-            logprobs = Logprobs.of(tokens) if asked.logprobs is not None else None
+            scores = Logprobs.of(text.of_prompt) + Logprobs.of(text.tokens, len(echoed))
+            logprobs = scores if asked.logprobs is not None else None
             choices.append(Choice(text=echoed + text.text, index=len(choices), logprobs=logprobs, finish_reason=text.reason))
     return Completion(**head, choices=choices, usage=usage(writing, asked.candidates))
 
@@ -106,7 +106,9 @@ async def completion_chunks(
     async for index, piece in writing:
         if asked.echo and index not in echoed and (piece.of_prompt or not asked.logprobs):
             echoed.add(index)
-            yield chunk(index, prompt_text(served, prompts[index]), piece.tokens if piece.of_prompt else ())
+            shown = prompt_text(served, prompts[index])
+            yield chunk(index, shown, piece.tokens if piece.of_prompt else ())
+            offsets[index] = len(shown)
         if not piece.of_prompt and (piece.text or piece.tokens or piece.finish_reason):
             yield chunk(index, piece.text, piece.tokens, piece.finish_reason)
     if with_usage:

@@ -285,8 +285,9 @@ class Library:
             return self.get(name)
         if (loading := self._loads.get(name)) is None:
             self._loads[name] = loading = Future()
+            loading.set_running_or_notify_cancel()  # whoever leaves does not end it for the others
             threading.Thread(target=self._load_into, args=(loading, name), daemon=True).start()
-        return await asyncio.shield(asyncio.wrap_future(loading))  # whoever leaves does not end it for the others
+        return await asyncio.wrap_future(loading)
 
     def _load_into(self, loading: "Future[Served]", name: str) -> None:
         try:

@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
+from itertools import accumulate
 from typing import Any, get_type_hints
 
 from tinygpt.config import UserError, nearest, shorten
@@ -149,10 +150,17 @@ def called(node: Any, path: str) -> Iterator[tuple[str, Any]]:
     """What a logging configuration calls beyond the logging package, or may by another name (`${...}`)."""
     if isinstance(node, dict):
         for name, value in node.items():
-            foreign = name in ("()", "_target_") or (name == "class" and not str(value).startswith("logging."))
+            ours = re.fullmatch(r"logging\.(handlers\.)?[A-Z]\w*", str(value))
+            foreign = name in ("()", "_target_") or (name == "class" and not ours)
             yield from [(f"{path}.{name}", value)] if foreign else called(value, f"{path}.{name}")
     elif isinstance(node, list):
         for value in node:
             yield from called(value, path)
-    elif isinstance(node, str) and re.fullmatch(r"\$\{.*\}", node.strip(), re.DOTALL):
+    elif isinstance(node, str) and is_interpolation(node.strip()):
         yield path, node
+
+
+def is_interpolation(text: str) -> bool:
+    """Whether the text is one `${...}` and nothing else: what may turn out to be more than a text."""
+    depths = list(accumulate({"{": 1, "}": -1}.get(letter, 0) for letter in text[1:-1]))
+    return text.startswith("${") and text.endswith("}") and all(depth > 0 for depth in depths)

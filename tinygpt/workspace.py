@@ -58,8 +58,9 @@ def _lock(folder: Path) -> int | None:
     except ImportError:
         return None
     while True:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):  # made by another process, and perhaps gone again
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
         try:
             descriptor = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:  # finished and renamed between the two lines
