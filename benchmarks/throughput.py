@@ -20,16 +20,18 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-from common import ROOT, machine, spread, write_result
+from common import RESULTS, ROOT, machine, spread, write_result
 from nanogpt_parity import RECIPE, prepare_peer
 
 SKIPPED = 5
 # Around a script: times of the optimizer steps into a file, and an end after the last that is asked for.
 TIMING = """
 import atexit, json, os, runpy, sys, time
-times, wanted = [], {steps}
+times, wanted, unmeasured = [], {steps}, []
 
 def note(*_):
+    if unmeasured:
+        return
     times.append(time.perf_counter())
     if len(times) == wanted:
         with open({file!r}, "w") as file:
@@ -52,8 +54,9 @@ OURS = """
 from tinygpt.forecast import Probe
 measured = Probe.step_seconds  # the forecast's own steps do not count
 def step_seconds(*arguments):
+    unmeasured.append(True)
     seconds = measured(*arguments)
-    times.clear()
+    unmeasured.clear()
     return seconds
 Probe.step_seconds = step_seconds
 """
@@ -156,6 +159,12 @@ def with_model(code: str, model: str, folder: Path) -> float:
     )
 
 
+def earlier(measured: list[str]) -> list[dict]:
+    """The rounds of peers that are not measured now."""
+    rounds = json.loads((RESULTS / "throughput.json").read_text())["rounds"]
+    return [row for row in rounds if row["peer"] not in measured]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
@@ -163,6 +172,7 @@ def main() -> None:
     parser.add_argument("--litgpt", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--keep", action="store_true", help="peers that are not measured now keep their earlier rounds")
     parser.add_argument("--quick", action="store_true", help="one round; nothing is written")
     arguments = parser.parse_args()
     contests = []  # (peer, model, how it is measured)
@@ -180,7 +190,7 @@ def main() -> None:
                 contests.append((peer, model, lambda code=code, model=model: with_model(code, model, folder)))
         for model in SHAPES if arguments.compiled else ():
             contests.append((COMPILED, model, lambda model=model: ours(model, folder, "compile=true")))
-        rounds = []
+        rounds = earlier([peer for peer, _, _ in contests]) if arguments.keep else []
         for number in range(1 if arguments.quick else arguments.rounds):
             for peer, model, measure in contests:
                 row = {
@@ -202,7 +212,7 @@ def main() -> None:
                 if (row["peer"], row["model"]) == (peer, model)
             ]
         )
-        for peer, model, _ in contests
+        for peer, model in dict.fromkeys((row["peer"], row["model"]) for row in rounds)
         for name in (("float32",) if peer == COMPILED else ("float32", "fastest"))
     }
     print(json.dumps(ratios, indent=1))
