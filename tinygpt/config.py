@@ -300,7 +300,7 @@ class TrainConfig:
         "products of float32: exact | TF32 on a GPU | bfloat16 | bfloat16 where there are units for it, else high",
         choices=("highest", "high", "medium", "fastest"),
     )
-    compile: bool = option(False, "compile the model with torch.compile (pays on long runs)")
+    compile: bool = option(False, "compile the model with torch.compile (for GPUs: on CPUs it was slower)")
     resume: str | None = option(None, "auto, or a checkpoint or run directory to continue from")
     init_from: str | None = option(None, "weights (with shape and tokenizer) to start from: whatever ckpt= may be")
     skip_nonfinite: int = option(
