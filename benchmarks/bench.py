@@ -104,8 +104,8 @@ def commands(nanogpt: str, quick: bool) -> Iterator[list[str]]:
     yield ["quality.py", *short]
     transformers = ["--transformers"] if find_spec("accelerate") else []
     litgpt = ["--litgpt"] if find_spec("litgpt") and not quick else []
-    compiled = [] if quick else ["--compiled"]
-    yield ["throughput.py", *peer, *transformers, *litgpt, *compiled, *short]
+    whole = [] if quick else ["--compiled", "--rounds", "2"]  # a third would take the hour
+    yield ["throughput.py", *peer, *transformers, *litgpt, *whole, *short]
     yield ["generation.py", *peer, *short]
     yield ["prepare.py", *short]
 
