@@ -7,7 +7,7 @@ from lightning import Trainer
 from scripts import run_inside
 from test_ddp import command
 from tiny import column
-from together import together, train_together, wait_until
+from together import places, together, train_together, wait_until
 
 from tinygpt.checkpoint import open_checkpoint
 
@@ -19,14 +19,14 @@ CONSTANT = {"lr": 1e-2, "warmup_steps": 2, "schedule": "constant"}
 LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 1, "n_layer": 2, "tie_embeddings": False}
 
 
-def train(folder, name, trainer=None, before=lambda rank: None, **changes):
-    """A run by as many processes as `trainer` needs; before(rank) comes first in each."""
+def train(folder, name, trainer=None, before=lambda rank: None, count=2, **changes):
+    """A run by one process, or by `count` where there is a `trainer`; before(rank) comes first in each."""
 
     def work(rank):
         before(rank)
         return str(tiny.run(folder, name, trainer=trainer, **changes))
 
-    assert (together(work) if trainer else [work(0)])[0] == str(folder / name)
+    assert (together(work, places(count=count)) if trainer else [work(0)])[0] == str(folder / name)
 
 
 def last(folder, name):
@@ -60,6 +60,15 @@ def test_a_run_goes_on_with_another_number_of_processes_whole_or_divided(tmp_pat
     for trainer, steps in ((None, 2), (TWO, 4), (None, 5), (SHARDED, 6), (SHARDED, 8), (None, 9)):
         train(tmp_path, "run", trainer, steps=steps, resume="auto", **run)
     assert {step for _, step in numbers(tmp_path, "run")} == set(range(1, 10))
+    assert_alike(tmp_path, "whole", "run")
+
+
+def test_a_run_of_two_processes_goes_on_with_four(tmp_path):
+    run = {"every": 9, "optimizer": CONSTANT, "data": {"global_batch_size": 12}}
+    train(tmp_path, "whole", steps=6, **run)
+    for count, steps in ((2, 3), (4, 6)):
+        train(tmp_path, "run", TWO, count=count, steps=steps, resume="auto", **run)
+    assert {step for _, step in numbers(tmp_path, "run")} == set(range(1, 7))
     assert_alike(tmp_path, "whole", "run")
 
 

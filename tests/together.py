@@ -22,15 +22,15 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def places(machines=1, store=None, life=0):
-    """What torchrun puts into the environment of each of two processes, on one machine or on two. `store`, a TCPStore, is
-    what it keeps while it starts them again; life says how often it has."""
-    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2 // machines, "GROUP_WORLD_SIZE": machines}
+def places(machines=1, store=None, life=0, count=2):
+    """What torchrun puts into the environment of each of `count` processes, on one machine or on two. `store`, a TCPStore,
+    is what it keeps while it starts them again; life says how often it has."""
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count // machines, "GROUP_WORLD_SIZE": machines}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "test"}
     if store:
         shared |= {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": life}
-    for rank in (0, 1):
-        own = {"RANK": rank, "LOCAL_RANK": rank % (2 // machines), "GROUP_RANK": rank * machines // 2}
+    for rank in range(count):
+        own = {"RANK": rank, "LOCAL_RANK": rank % (count // machines), "GROUP_RANK": rank * machines // count}
         yield {name: str(value) for name, value in {**shared, **own}.items()}
 
 
@@ -43,7 +43,7 @@ def tasks():
 
 
 def together(work, environments=None):
-    """What work(rank) gives in each of two processes of a run; None where one dies."""
+    """What work(rank) gives in each process of a run, of two unless told otherwise; None where one dies."""
     context, started = multiprocessing.get_context("fork"), []
     for rank, place in enumerate(environments or places()):
         receiver, sender = context.Pipe(duplex=False)
