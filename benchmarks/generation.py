@@ -28,7 +28,7 @@ from server import preset
 from tinygpt.config import DTYPES
 from tinygpt.generate import Sampling, stream_tokens
 from tinygpt.model import GPT
-from tinygpt.precision import convert
+from tinygpt.precision import convert, lay_out
 
 PROMPT, VOCAB = 16, 50257
 Write = Callable[[int, int], None]  # (texts, new tokens of each)
@@ -42,6 +42,13 @@ def ours(model: GPT) -> Write:
             token.tolist()  # whoever reads the text waits for each token
 
     return write
+
+
+def for_text(model: GPT, dtype: str) -> GPT:
+    """What sample.py and serve.py write with."""
+    model = convert(model, dtype)
+    lay_out(model)
+    return model
 
 
 def transformers(model: GPT, device: str, number: torch.dtype) -> Write:
@@ -156,7 +163,7 @@ def main() -> None:
     model = GPT(preset(arguments.model), VOCAB).to(arguments.device).eval()
     number = torch.bfloat16 if cuda else torch.float32
     dtypes = ("bf16",) if cuda else DTYPES
-    writers = {dtype: ours(convert(model, dtype)) for dtype in dtypes}
+    writers = {dtype: ours(for_text(model, dtype)) for dtype in dtypes}
     first = dtypes[0]
     peer = transformers(model, arguments.device, number)
     nano = nanogpt(arguments.nanogpt, model, arguments.device, number) if arguments.nanogpt else None

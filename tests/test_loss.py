@@ -10,11 +10,12 @@ from tinygpt.loss import cross_entropy, next_token_loss
 from tinygpt.model import GPT
 
 
+@pytest.mark.parametrize("factor", [1, 3])  # 1: the gradients are handed on as they are
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(
     "options", [{}, {"logit_softcap": 2.0}, {"tie_embeddings": False}], ids=["tied", "softcap", "untied"]
 )
-def test_loss_and_gradients_in_chunks_are_those_of_all_logits_at_once(monkeypatch, options, reduction):
+def test_loss_and_gradients_in_chunks_are_those_of_all_logits_at_once(monkeypatch, options, reduction, factor):
     monkeypatch.setattr(loss, "LARGE", 0)
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 3 * 50)  # three rows at a time
     torch.manual_seed(0)
@@ -29,7 +30,7 @@ def test_loss_and_gradients_in_chunks_are_those_of_all_logits_at_once(monkeypatc
         cross_entropy(model(idx), targets, reduction),
     ):
         model.zero_grad()
-        (measured * 3).backward()
+        (measured * factor).backward()
         found.append((measured.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
     (ours, our_gradients), (theirs, their_gradients) = found
     torch.testing.assert_close(ours, theirs)

@@ -10,11 +10,12 @@ import torch
 
 import tinygpt
 from tinygpt import precision
+from tinygpt.checkpoint import load_for_text
 from tinygpt.config import ModelConfig, UserError
 from tinygpt.engine import Request
 from tinygpt.generate import Sampling, generate, stream_tokens
 from tinygpt.model import GPT
-from tinygpt.precision import Int8Linear, PackedLinear, convert
+from tinygpt.precision import FewRowsLinear, Int8Linear, PackedLinear, convert, lay_out
 from tinygpt.served import Library, Limits, own_memory
 from tinygpt.tokenizer import CharTokenizer
 
@@ -64,6 +65,35 @@ def test_what_each_format_is_made_of():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(UserError, match="dtype=fp64"):
         convert(model, "fp64")
+
+
+@pytest.mark.parametrize("turned", [False, True])  # as GPT-2's own files have the weights
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_model_laid_out_for_a_cpu_computes_the_same(name, turned):
+    model = make_model(**OPTIONS[name]).eval()
+    laid = convert(model, "fp32")
+    if turned:
+        for layer in [module for module in laid.modules() if isinstance(module, torch.nn.Linear)]:
+            layer.weight = torch.nn.Parameter(layer.weight.t().contiguous().t(), requires_grad=False)
+    lay_out(laid)
+    assert (laid.lm_head.weight is laid.wte.weight) == model.config.tie_embeddings
+    with torch.inference_mode():
+        for shape in ((1, 1), (4, 1), (2, 8), (1, 33)):
+            idx = torch.randint(11, shape, generator=torch.Generator().manual_seed(1))
+            torch.testing.assert_close(laid(idx), model(idx))
+        own_memory(laid)
+        torch.testing.assert_close(laid(idx), model(idx))
+    assert (laid.lm_head.weight is laid.wte.weight) == model.config.tie_embeddings
+    drawn, again = (list(stream_tokens(one, idx, 40, Sampling(temperature=0))) for one in (laid, model))
+    assert torch.equal(torch.stack(drawn), torch.stack(again))
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="its products are MKL's")
+def test_texts_are_written_by_a_model_laid_out(tiny_run):
+    model, _ = load_for_text(tiny_run)
+    assert isinstance(model.lm_head, FewRowsLinear)
+    assert model.lm_head.weight.t().is_contiguous()
+    assert type(tinygpt.load(tiny_run)[0].lm_head) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])

@@ -25,7 +25,7 @@ from tinygpt.config import DataConfig, ModelConfig, UserError, from_dict, shorte
 from tinygpt.hub import assemble
 from tinygpt.kinds import describe, fits
 from tinygpt.model import GPT
-from tinygpt.precision import convert
+from tinygpt.precision import convert, lay_out
 from tinygpt.pretrained import PREFIX, Pretrained, is_export, open_folder, open_hub
 from tinygpt.tokenizer import Tokenizer, from_state
 
@@ -61,10 +61,11 @@ def load(
 
 
 def load_for_text(ckpt: str | Path, device: str | torch.device = "cpu", dtype: str = "fp32") -> tuple[GPT, Tokenizer]:
-    """As `load`, for those who need the tokenizer: UserError where there is none."""
+    """As `load`, for those who write texts: laid out for that, and UserError where there is no tokenizer."""
     model, tokenizer = load(ckpt, device, dtype=dtype)
     if tokenizer is None:
         raise UserError(f"{ckpt} brings no tokenizer that tinygpt can express", NO_TOKENIZER)
+    lay_out(model)
     return model, tokenizer
 
 

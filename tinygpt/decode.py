@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinygpt import kernels
 from tinygpt.cache import KVCache
 from tinygpt.model import GPT, Attention, Block, Rope, activate, rotate
 
 Product = Callable[[Tensor], Tensor]
-FEW = range(4, 33)  # rows for which `swapped` is the faster product on a CPU
 STRIDE = 256  # the static path attends to a multiple of so many columns of the cache
 
 
@@ -47,7 +47,7 @@ class Decoder:
         self.model, self.cache = model, cache
         rows, self.device = cache.buffers[0].shape[1], model.wte.weight.device
         self.static = self.device.type == "cuda" if static is None else static
-        self.layers = [Layer(cast(Block, block), buffer, rows) for block, buffer in zip(model.h, cache.buffers, strict=True)]
+        self.layers = [Layer(cast(Block, block), buffer) for block, buffer in zip(model.h, cache.buffers, strict=True)]
         if self.static:
             self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
             self._token = torch.zeros(rows, dtype=torch.long, device=self.device)
@@ -94,10 +94,10 @@ class Decoder:
 class Layer:
     """A block of the model, with its part of the cache, at T = 1."""
 
-    def __init__(self, block: Block, buffer: Tensor, rows: int) -> None:
+    def __init__(self, block: Block, buffer: Tensor) -> None:
         self.block, self.attn, self.buffer = block, block.attn, buffer
-        self.c_attn, self.attn_proj = product(block.attn.c_attn, rows), product(block.attn.c_proj, rows)
-        self.c_fc, self.mlp_proj = product(block.mlp.c_fc, rows), product(block.mlp.c_proj, rows)
+        self.c_attn, self.attn_proj = product(block.attn.c_attn), product(block.attn.c_proj)
+        self.c_fc, self.mlp_proj = product(block.mlp.c_fc), product(block.mlp.c_proj)
 
     def __call__(self, x: Tensor, rope: Rope | None, place: Place) -> Tensor:
         block, attn = self.block, self.attn
@@ -123,23 +123,16 @@ def heads(attn: Attention, qkv: Tensor, rope: Rope | None) -> tuple[Tensor, Tens
     return q.unsqueeze(2), kv.reshape(len(kv), 2, attn.n_kv_head, attn.head_dim).transpose(0, 1)
 
 
-def product(layer: nn.Module, rows: int) -> Product:
-    """x (rows, in) to (rows, out) through a linear layer, by the call that is quickest for so few rows."""
+def product(layer: nn.Module) -> Product:
+    """x (B, in) to (B, out) through a linear layer, by the call that is quickest for so few rows."""
     if type(layer) is not nn.Linear:
         return layer
     weight, bias, turned = layer.weight, layer.bias, layer.weight.t()
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and rows in FEW:
-        return lambda x: swapped(x, weight, bias)
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        return lambda x: kernels.linear(x, weight, bias)
     if bias is None:
         return lambda x: torch.mm(x, turned)
     return lambda x: torch.addmm(bias, x, turned)
-
-
-def swapped(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same product as weight times columns: for a few rows MKL is up to a third quicker on that."""
-    if bias is None:
-        return torch.mm(weight, x.t()).t()
-    return torch.addmm(bias[:, None], weight, x.t()).t()
 
 
 def capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

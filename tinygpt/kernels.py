@@ -7,6 +7,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+FEW = range(4, 33)  # rows for which a weight that lies by rows is quicker times columns
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in) through a linear layer of float32, for few rows by the product that MKL is quickest at.
+
+    A weight (out, in) that lies by rows, as torch makes it, is multiplied by the columns of x: up to a third quicker.
+    """
+    rows = x.numel() // x.shape[-1]
+    if rows not in FEW or not weight.is_contiguous():
+        return F.linear(x, weight, bias)
+    columns = x.reshape(rows, -1).t()
+    y = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return y.t().view(*x.shape[:-1], -1)
+
 
 def products_are_faster(q: Tensor) -> bool:
     """Whether causal attention over q (B, H, T, D) is faster as two batched matrix products.

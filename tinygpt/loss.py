@@ -33,53 +33,58 @@ def next_token_loss(model: GPT, x: Tensor, targets: Tensor, reduction: str) -> T
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype == torch.float16:  # whose gradients are too small to be made before the scaler has scaled the loss
         return F.cross_entropy(model.head(x).float(), targets, ignore_index=IGNORED, reduction=reduction)
-    total: Tensor = ChunkedCrossEntropy.apply(x, weight, targets, cap)  # type: ignore[no-untyped-call]
-    return total / (targets != IGNORED).sum() if reduction == "mean" else total
+    share = (targets != IGNORED).float()  # of each row's loss in the result
+    if reduction == "mean":
+        share /= share.sum()
+    loss: Tensor = ChunkedCrossEntropy.apply(x, weight, targets, share, cap)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum over rows of -log softmax(x weight^T)[target]; x (N, C), weight (V, C), targets (N,).
+    """The sum over rows of share * -log softmax(x weight^T)[target]; x (N, C), weight (V, C), targets and share (N,).
 
     The gradients are made with the loss, so the backward pass only scales them. Products are in x's type, all else and the
     gradient of the weight in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-        V = len(weight)
-        with torch.autocast(x.device.type, enabled=False):
-            w = weight.to(x.dtype)
-            if x.device.type == "cuda":
-                w = F.pad(w, (0, 0, 0, -V % ALIGNED))
-            total = torch.zeros((), device=x.device, dtype=torch.float32)
-            grad_x, grad_w = torch.empty_like(x), torch.zeros_like(w, dtype=torch.float32)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, share: Tensor, softcap: float | None) -> Tensor:
+        V, device = len(weight), x.device
+        with torch.autocast(device.type, enabled=False):
+            w, padding = weight.to(x.dtype), -V % ALIGNED if device.type == "cuda" else 0
+            if padding:  # F.pad copies also where there is nothing to add
+                w = F.pad(w, (0, 0, 0, padding))
             rows = max(1, CHUNK_LOGITS // len(w))
-            for part, out, target in zip(x.split(rows), grad_x.split(rows), targets.split(rows), strict=True):
-                loss, gradient = loss_and_gradient((part @ w.T)[:, :V].float(), target, softcap)
+            total = torch.zeros((), device=device, dtype=torch.float32)
+            grads_x, grad_w = list[Tensor](), torch.empty(0, device=device)
+            for part, target, weighs in zip(x.split(rows), targets.split(rows), share.split(rows), strict=True):
+                loss, gradient = loss_and_gradient((part @ w.T)[:, :V].float(), target, weighs, softcap)
                 total += loss
-                gradient = F.pad(gradient, (0, len(w) - V)).to(x.dtype)
-                torch.mm(gradient, w, out=out)
-                grad_w += gradient.T @ part
-        ctx.save_for_backward(grad_x, grad_w[:V])
+                gradient = (F.pad(gradient, (0, padding)) if padding else gradient).to(x.dtype)
+                grads_x.append(gradient @ w)
+                product = gradient.T @ part
+                grad_w = grad_w.add_(product) if grad_w.numel() else product.float()
+        ctx.save_for_backward(torch.cat(grads_x), grad_w[:V] if padding else grad_w)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * gradient.to(grad_x.dtype), grad_w * gradient, None, None
+        if gradient.device.type == "cpu" and gradient == 1:  # as after a whole batch; elsewhere to ask is to wait
+            return grad_x, grad_w, None, None, None
+        return grad_x * gradient.to(grad_x.dtype), grad_w * gradient, None, None, None
 
 
-def loss_and_gradient(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """The summed loss of logits (N, V) and its gradient, which takes their place."""
+def loss_and_gradient(logits: Tensor, targets: Tensor, share: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """The loss of logits (N, V), summed by share (N,), and its gradient, which takes their place."""
     slope = None
     if softcap is not None:
         logits = torch.tanh(logits / softcap)
         slope = 1 - logits.square()
         logits = logits * softcap
-    kept = (targets != IGNORED)[:, None]
-    at = targets.clamp_min(0)[:, None]
+    share, at = share[:, None], targets.clamp_min(0)[:, None]
     norm = logits.logsumexp(dim=1, keepdim=True)
-    loss = ((norm - logits.gather(1, at)) * kept).sum()
+    loss = ((norm - logits.gather(1, at)) * share).sum()
     gradient = logits.sub_(norm).exp_()
-    gradient.scatter_add_(1, at, torch.full_like(norm, -1.0)).mul_(kept)
+    gradient.scatter_add_(1, at, torch.full_like(norm, -1.0)).mul_(share)
     return loss, gradient if slope is None else gradient.mul_(slope)

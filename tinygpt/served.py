@@ -311,11 +311,12 @@ class Library:
 
 def own_memory(model: GPT) -> None:
     """Copy memory-mapped weights: a checkpoint that is deleted or cut short while it is served must not matter."""
+    tied = getattr(model.lm_head, "weight", None) is model.wte.weight
     with torch.no_grad():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.clone(), requires_grad=False))
-    if model.config.tie_embeddings and isinstance(model.lm_head, nn.Linear):
+    if tied:
         model.lm_head.weight = model.wte.weight
 
 
