@@ -212,7 +212,8 @@ def test_any_bytes_are_a_text_or_refused(head, tail):
 def shelf(tmp_path_factory):
     """A prepared text: its folder, its config, its tokens."""
     folder = tmp_path_factory.mktemp("shelf")
-    (folder / "text.txt").write_text(LEARNED_FROM.replace("\0", ""), encoding="utf-8", newline="")
+    many = "".join(map(chr, range(0x100, 0x200)))  # so that an id takes two bytes, and their order matters
+    (folder / "text.txt").write_text(LEARNED_FROM.replace("\0", "") + many, encoding="utf-8", newline="")
     config = DataConfig(corpus="text", path=str(folder / "text.txt"), tokenizer=TokenizerConfig("char"))
     return folder, config, ids(prepare(config, folder, folder / "cache").tokens("all"))
 

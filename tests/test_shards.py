@@ -173,7 +173,7 @@ def test_the_folder_says_what_it_holds(file, cache, rhyme, monkeypatch):
     told = manifest(prepared)
     assert prepared.folder.parent == cache
     assert prepared.folder.name.startswith("text-char-")
-    assert told["dtype"] == "<u2"
+    assert told["dtype"] == "|u1"
     assert told["fingerprint"] == prepared.tokenizer.fingerprint()
     border = first_part(len(rhyme), 0.1)
     for split, text in {"train": rhyme[:border], "val": rhyme[border:]}.items():
@@ -185,7 +185,7 @@ def test_the_folder_says_what_it_holds(file, cache, rhyme, monkeypatch):
         )
         assert entry["shards"][0]["file"] == f"{split}-00000.bin"
         raw = b"".join((prepared.folder / shard["file"]).read_bytes() for shard in entry["shards"])
-        assert np.frombuffer(raw, "<u2").tolist() == prepared.tokenizer.encode(text)
+        assert np.frombuffer(raw, "u1").tolist() == prepared.tokenizer.encode(text)
     assert [shard["tokens"] for shard in told["splits"]["train"]["shards"][:2]] == [500, 500]
 
 

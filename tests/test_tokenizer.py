@@ -123,8 +123,9 @@ def test_words_are_ordered_by_frequency_then_alphabet():
     assert tokenizer.encode("c b a d") == [1, 2, 3, 4]
 
 
-def test_ids_take_two_bytes_while_they_can():
-    assert [module.token_dtype(size).str for size in (2, 2**16, 2**16 + 1)] == ["<u2", "<u2", "<u4"]
+def test_ids_take_as_few_bytes_as_they_can():
+    sizes = (2, 2**8, 2**8 + 1, 2**16, 2**16 + 1)
+    assert [module.token_dtype(size).str for size in sizes] == ["|u1", "|u1", "<u2", "<u2", "<u4"]
 
 
 def test_a_learned_bpe_is_the_same_in_another_process():

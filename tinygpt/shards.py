@@ -30,7 +30,7 @@ from tinygpt.writer import JOURNAL, Manifest, Writer, documents_file, encoded, e
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 
 _PROBE, _PROBES = 2**10, 16  # tokens that are looked at at once when a prepared corpus is opened, and how often
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -30,8 +30,8 @@ Texts = Callable[[], Iterable[str]]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
-    """The smallest of uint16 and uint32 that holds every id, little-endian."""
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+    """The smallest of uint8, uint16 and uint32 that holds every id, little-endian."""
+    return np.dtype("u1" if vocab_size <= 2**8 else "<u2" if vocab_size <= 2**16 else "<u4")
 
 
 class UnknownCharacter(UserError):
