@@ -41,7 +41,7 @@ def quality(found: dict[str, Any]) -> Iterator[Row]:
         around = "one seed" if len(found["seeds"]) == 1 else f"{loss['min']:.4f} to {loss['max']:.4f}"
         yield (
             f"loss of {row['experiment']}",
-            f"{row['target']:.2f} or less",
+            f"{row['target']:.2f} or less in {row['limit']} s",
             f"{loss['mean']:.4f}, {seconds:.0f} s",
             "",
             "",
@@ -62,7 +62,7 @@ def throughput(found: dict[str, Any]) -> Iterator[Row]:
 
 def generation(found: dict[str, Any]) -> Iterator[Row]:
     for row in found["comparisons"]:
-        what = f"generation, {row['part']}: {row['ours']}"
+        what = f"{'' if found['device'] == 'cpu' else 'GPU, '}generation, {row['part']}: {row['ours']}"
         speeds = found["tokens_per_second"][row["part"]]
         ours, peer = (f"{speeds[row[name]]['median']:.1f} tok/s" for name in ("ours", "peer"))
         yield ratio_row(what, str(row["target"] or ""), ours, f"{row['peer']} {peer}", row["ratio"])
@@ -76,6 +76,21 @@ def preparation(found: dict[str, Any]) -> Iterator[Row]:
         speed = found[name]["megabytes_per_second"]
         around = f"{speed['min']:.0f} to {speed['max']:.0f}"
         yield f"prepare.py, {name}", "100 MB/s", f"{speed['median']:.0f} MB/s", "", "", around
+    big = found["large"]
+    what, peak = f"prepare.py, memory for {big['megabytes'] / 1000:.1f} GB of text", big["peak_memory_megabytes"]
+    yield what, "less than 1000 MB", f"{peak:.0f} MB", "", "", "one run"
+
+
+def gpu(found: dict[str, Any]) -> Iterator[Row]:
+    for row in found.get("speed", []):
+        if "ratio" in row:
+            ours, peer = (f"{row[name]['tokens_per_second']:.0f} tok/s" for name in ("ours", "nanogpt"))
+            what = f"GPU, training gpt2_small, micro-batch {row['micro_batch']}, MFU {row['ours']['mfu']:.0%}, nanogpt"
+            yield what, "1.3, MFU 55%", ours, peer, f"{row['ratio']:.2f}", "one run"
+    if loss := found.get("loss", {}).get("val_loss"):
+        ours = f"{loss['mean']:.4f}, {found['loss']['seconds']['mean']:.0f} s"
+        around = f"{loss['min']:.4f} to {loss['max']:.4f}"
+        yield "GPU, loss of shakespeare_char_fast", "1.45 or less in 30 s", ours, "", "", around
 
 
 def startup(found: dict[str, Any]) -> Iterator[Row]:
@@ -94,6 +109,8 @@ TABLE = {
     "generation": generation,
     "prepare": preparation,
     "startup": startup,
+    "gpu": gpu,
+    "generation_cuda": generation,
 }
 
 

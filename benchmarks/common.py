@@ -36,6 +36,12 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
+def earlier_result(name: str) -> dict[str, Any]:
+    """What `write_result` left last; nothing where it has not."""
+    path = Path(os.environ.get(ELSEWHERE) or RESULTS) / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write_result(name: str, result: dict[str, Any], quick: bool = False) -> None:
     """Into benchmarks/results, or where $TINYGPT_BENCHMARK_RESULTS says. A quick run writes only there: the docs' numbers
     come from whole ones."""

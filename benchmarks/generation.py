@@ -206,7 +206,8 @@ def main() -> None:
     comparisons = compare(runs, targets)
     result: dict[str, Any] = {
         "shape": arguments.model,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": arguments.device,
+        **({"gpu": torch.cuda.get_device_name()} if cuda else {}),
         "threads": torch.get_num_threads(),
         "prompt_tokens": PROMPT,
         "rounds": rounds,

@@ -1,15 +1,17 @@
 """Training on a CUDA GPU: gpt2_small tokens a second and MFU over a sweep of micro-batches against nanoGPT's bench.py at the
 same shape (both compiled, bfloat16, block 1024), and Shakespeare's characters to a validation loss, over three seeds.
 
-    python benchmarks/gpu.py --nanogpt PATH [--micro 8 16 32] [--steps 40] [--seeds 1 2 3] [--only speed|loss]
+    python benchmarks/gpu.py --nanogpt PATH [--micro 8 16 32] [--steps 60] [--seeds 1 2 3] [--only speed|loss]
 
-MFU is over a bfloat16 matrix product measured on the same device. Each run is a process of its own. Writes
-benchmarks/results/gpu.json after each part, so that a run cut short leaves what it measured.
+MFU is over a bfloat16 matrix product measured on the same device. Each run is a process of its own. The experiment compiles
+its step; its first seed is also trained without, so that what compiling costs and brings is known. Writes
+benchmarks/results/gpu.json after each run: one that is cut short leaves what it measured, and --only keeps the other part.
 """
 
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, machine, spread, write_result
+from common import ROOT, earlier_result, machine, spread, write_result
+
+from tinygpt.summary import read_metrics
 
 BLOCK = 1024
 SHAPE = (
@@ -39,16 +43,13 @@ def summary_of(folder: Path, *overrides: str) -> dict[str, Any]:
 
 
 def ours(micro: int, steps: int, folder: Path) -> dict[str, Any]:
-    """The mean over the steps after the compiler's: the rate of a long run less that of its first tenth."""
+    """Medians over the lines of metrics.csv, of five steps each: the compiler works in the first alone."""
     budget = (f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}", "data.val_tokens=4096", "callbacks=none")
     batch = (f"data.global_batch_size={micro}", f"data.micro_batch_size={micro}", "trainer.log_every_n_steps=5")
     found = summary_of(folder, *SHAPE, *budget, *batch)
     if "failed" not in found:
-        rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
-        rates = [
-            float(row[rows[0].index("tokens_per_second")]) for row in rows[1:] if row[rows[0].index("tokens_per_second")]
-        ]
-        found = {"tokens_per_second": sorted(rates)[len(rates) // 2], "mfu": found["mfu"]}
+        rows = [row for row in read_metrics(folder / "metrics.csv") if row["tokens_per_second"]]
+        found = {name: statistics.median(float(row[name]) for row in rows) for name in ("tokens_per_second", "mfu")}
     return found
 
 
@@ -69,31 +70,43 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", choices=("speed", "loss"))
     arguments = parser.parse_args()
-    result: dict[str, Any] = {**machine(), "gpu": torch.cuda.get_device_name(), "block_size": BLOCK}
+    kept = earlier_result("gpu") if arguments.only else {}
+    result: dict[str, Any] = {**kept, **machine(), "gpu": torch.cuda.get_device_name(), "block_size": BLOCK}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         if arguments.only != "loss":
-            result["speed"] = []
-            for micro in arguments.micro:
-                row = {"micro_batch": micro, "nanogpt": nanogpt(arguments.nanogpt.resolve(), micro)}
-                row["ours"] = ours(micro, arguments.steps, folder / f"speed-{micro}")
-                if "failed" not in row["ours"] and "failed" not in row["nanogpt"]:
-                    row["ratio"] = row["ours"]["tokens_per_second"] / row["nanogpt"]["tokens_per_second"]
-                result["speed"].append(row)
-                print(json.dumps(row), flush=True)
-            write_result("gpu", result)
+            speed(result, arguments.nanogpt.resolve(), arguments.micro, arguments.steps, Path(name))
         if arguments.only != "speed":
-            runs = [
-                summary_of(folder / f"loss-{seed}", "experiment=shakespeare_char_fast", f"seed={seed}")
-                for seed in arguments.seeds
-            ]
-            kept = [{key: run.get(key) for key in ("val_loss", "seconds", "steps", "failed")} for run in runs]
-            done = [run for run in kept if not run["failed"]]
-            result["loss"] = {"runs": kept}
-            if done:
-                result["loss"] |= {key: spread([run[key] for run in done]) for key in ("val_loss", "seconds")}
-            print(json.dumps(result["loss"], indent=1))
-            write_result("gpu", result)
+            loss(result, arguments.seeds, Path(name))
+
+
+def speed(result: dict[str, Any], checkout: Path, sizes: list[int], steps: int, folder: Path) -> None:
+    result["speed"] = []
+    for micro in sizes:
+        row = {
+            "micro_batch": micro,
+            "nanogpt": nanogpt(checkout, micro),
+            "ours": ours(micro, steps, folder / f"speed-{micro}"),
+        }
+        if "failed" not in row["ours"] and "failed" not in row["nanogpt"]:
+            row["ratio"] = row["ours"]["tokens_per_second"] / row["nanogpt"]["tokens_per_second"]
+        result["speed"].append(row)
+        print(json.dumps(row), flush=True)
+        write_result("gpu", result)
+
+
+def loss(result: dict[str, Any], seeds: list[int], folder: Path) -> None:
+    runs: list[dict[str, Any]] = []
+    for number, (seed, compiled) in enumerate([*((seed, True) for seed in seeds), (seeds[0], False)]):
+        overrides = ("experiment=shakespeare_char_fast", f"seed={seed}", f"compile={str(compiled).lower()}")
+        run = summary_of(folder / f"loss-{number}", *overrides)
+        found = {key: run.get(key) for key in ("val_loss", "seconds", "steps", "failed")}
+        runs.append({"seed": seed, "compile": compiled, **found})
+        done = [one for one in runs if one["compile"] and not one["failed"]]
+        result["loss"] = {"runs": runs}
+        if done:
+            result["loss"] |= {key: spread([one[key] for one in done]) for key in ("val_loss", "seconds")}
+        print(json.dumps(runs[-1]), flush=True)
+        write_result("gpu", result)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA GPU, in under ten minutes: training speed against nanoGPT, Shakespeare to a loss, generation.
-#     benchmarks/gpu.sh PATH_OF_NANOGPT
-# Writes benchmarks/results/gpu.json and generation-cuda.json. A part that fails is said to have failed, and the others go on.
+# Everything that needs a CUDA GPU, in under ten minutes: Shakespeare to a loss, training speed against nanoGPT, generation.
+#     [PYTHON=python3] benchmarks/gpu.sh PATH_OF_NANOGPT
+# Writes benchmarks/results/gpu.json and generation_cuda.json. A part that fails is said to have failed, and the others go on.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 nanogpt=${1:?usage: benchmarks/gpu.sh PATH_OF_NANOGPT}
-python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "error: there is no CUDA GPU here" >&2; exit 2; }
+python=${PYTHON:-$(command -v python || echo python3)}
+"$python" -c 'import torch' || { echo "error: $python has no torch: set PYTHON" >&2; exit 2; }
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "error: there is no CUDA GPU here" >&2; exit 2; }
 failed=0
-timeout 360 python benchmarks/gpu.py --nanogpt "$nanogpt" || { echo "failed: benchmarks/gpu.py" >&2; failed=1; }
-timeout 200 python benchmarks/generation.py --device cuda --quick --nanogpt "$nanogpt" || { echo "failed: benchmarks/generation.py" >&2; failed=1; }
+part() {
+    timeout "$@" || { echo "failed: ${*:3}" >&2; failed=1; }
+}
+part 150 "$python" benchmarks/gpu.py --only loss --nanogpt "$nanogpt"
+part 260 "$python" benchmarks/gpu.py --only speed --nanogpt "$nanogpt"
+part 180 "$python" benchmarks/generation.py --device cuda --rounds 3 --nanogpt "$nanogpt"
 exit $failed

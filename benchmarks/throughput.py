@@ -20,7 +20,7 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-from common import RESULTS, ROOT, machine, spread, write_result
+from common import ROOT, machine, spread, write_result
 from nanogpt_parity import RECIPE, prepare_peer
 
 SKIPPED = 5
@@ -159,12 +159,6 @@ def with_model(code: str, model: str, folder: Path) -> float:
     )
 
 
-def earlier(measured: list[str]) -> list[dict]:
-    """The rounds of peers that are not measured now."""
-    rounds = json.loads((RESULTS / "throughput.json").read_text())["rounds"]
-    return [row for row in rounds if row["peer"] not in measured]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
@@ -172,7 +166,6 @@ def main() -> None:
     parser.add_argument("--litgpt", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--keep", action="store_true", help="peers that are not measured now keep their earlier rounds")
     parser.add_argument("--quick", action="store_true", help="one round; nothing is written")
     arguments = parser.parse_args()
     contests = []  # (peer, model, how it is measured)
@@ -190,7 +183,7 @@ def main() -> None:
                 contests.append((peer, model, lambda code=code, model=model: with_model(code, model, folder)))
         for model in SHAPES if arguments.compiled else ():
             contests.append((COMPILED, model, lambda model=model: ours(model, folder, "compile=true")))
-        rounds = earlier([peer for peer, _, _ in contests]) if arguments.keep else []
+        rounds = []
         for number in range(1 if arguments.quick else arguments.rounds):
             for peer, model, measure in contests:
                 row = {

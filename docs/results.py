@@ -173,7 +173,8 @@ def place(result: dict[str, Any]) -> str:
     """Where and with what a result was measured."""
     machine, versions = result["machine"], result["versions"]
     names = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "lightning"))
-    return f"{machine['processor']}, {machine['cores']} cores, {machine['system']}; {names}; {result['date']}"
+    gpu = f", {result['gpu']}" if "gpu" in result else ""
+    return f"{machine['processor']}, {machine['cores']} cores{gpu}, {machine['system']}; {names}; {result['date']}"
 
 
 def serving() -> str:

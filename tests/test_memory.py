@@ -35,12 +35,15 @@ def test_a_large_tensor_that_comes_back_finds_its_memory_still_there():
     assert page_faults(kept=False) > 4000  # as otherwise the system clears its pages again: this test can tell
 
 
-@pytest.mark.parametrize(("units", "expected"), [(True, "medium"), (False, "high")])
-def test_fastest_is_bfloat16_only_where_there_are_units_for_it(monkeypatch, units, expected):
+@pytest.mark.parametrize(
+    ("device", "units", "expected"),
+    [("cpu", True, "medium"), ("cpu", False, "high"), ("cuda", False, "medium"), ("mps", True, "high")],
+)
+def test_fastest_is_bfloat16_only_where_there_are_units_for_it(monkeypatch, device, units, expected):
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # what counts is where the run is
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units, raising=False)
-    set_matmul_precision("fastest")
-    set_matmul_precision("highest")
+    set_matmul_precision("fastest", device)
+    set_matmul_precision("highest", device)
     assert chosen == [expected, "highest"]

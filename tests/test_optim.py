@@ -55,6 +55,26 @@ def test_muon_moves_a_matrix_as_torchs_muon_does(shape, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("unscaled", [True, False])  # True: to be clipped, as the LightningModule does
+@pytest.mark.parametrize("finite", [True, False])
+def test_muon_under_a_gradient_scaler(unscaled, finite):
+    results = []
+    for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**10), torch.amp.GradScaler("cpu", enabled=False)):
+        torch.manual_seed(0)
+        matrix, vector = torch.nn.Parameter(torch.randn(8, 6)), torch.nn.Parameter(torch.randn(6))
+        optimizer = Muon([(matrix, [8])], [{"params": [vector], "weight_decay": 0.1}], lr=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            scaler.scale((matrix @ vector).square().sum() * (1.0 if finite or step == 0 else math.inf)).backward()
+            if unscaled:
+                scaler.unscale_(optimizer)
+            if finite or step == 0 or scaler.is_enabled():
+                scaler.step(optimizer)
+                scaler.update()
+        results.append((matrix.detach(), vector.detach()))
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_newton_schulz_brings_every_singular_value_near_one():
     x = torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(1))
     values = torch.linalg.svdvals(orthogonalise(x))

@@ -189,6 +189,16 @@ def test_the_folder_says_what_it_holds(file, cache, rhyme, monkeypatch):
     assert [shard["tokens"] for shard in told["splits"]["train"]["shards"][:2]] == [500, 500]
 
 
+def test_characters_that_an_earlier_version_prepared_are_not_prepared_again(file, cache, monkeypatch):
+    prepared = prepare(config(file), cache, cache)
+    wanted, told = ids(prepared.tokens("all")), manifest(prepared)
+    for path in prepared.folder.glob("*.bin"):
+        path.write_bytes(np.fromfile(path, "u1").astype("<u2").tobytes())
+    (prepared.folder / "manifest.json").write_text(json.dumps({**told, "format": 2, "dtype": "<u2"}))
+    monkeypatch.setattr(module, "_fill", lambda *arguments: pytest.fail("prepared again"))
+    assert ids(prepare(config(file), cache, cache).tokens("all")) == wanted
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path, cache):
     path = tmp_path / "wide.txt"
     text = "".join(map(chr, [*range(0x20, 0xD800), *range(0xE000, 0x14000)]))

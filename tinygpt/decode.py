@@ -120,7 +120,7 @@ def heads(attn: Attention, qkv: Tensor, rope: Rope | None) -> tuple[Tensor, Tens
             qk = rotate(qk, *rope)
         qkv = torch.cat((qk, v), dim=1)
     q, kv = qkv[:, : attn.n_head], qkv[:, attn.n_head :]
-    return q.unsqueeze(2), kv.reshape(len(kv), 2, attn.n_kv_head, attn.head_dim).transpose(0, 1)
+    return kernels.in_rows(q).unsqueeze(2), kv.reshape(len(kv), 2, attn.n_kv_head, attn.head_dim).transpose(0, 1)
 
 
 def product(layer: nn.Module) -> Product:

@@ -23,6 +23,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.t().view(*x.shape[:-1], -1)
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """x with each row in one piece, as torch's fused attention wants it: `linear` may leave columns."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def products_are_faster(q: Tensor) -> bool:
     """Whether causal attention over q (B, H, T, D) is faster as two batched matrix products.
 

@@ -139,7 +139,7 @@ class LitGPT(L.LightningModule):
         Returns this device's part of that loss, detached: the mean over the devices is the step's.
         """
         *parts, last = batch.split(self.micro_batch_size)
-        total = torch.zeros((), device=batch.tokens.device)
+        total = torch.zeros((), device=batch.tokens.device, dtype=torch.float32)  # bf16-true has another default
         for part in parts:
             with self.unsynchronised():
                 total += self.backward_part(part, batch)
@@ -152,9 +152,9 @@ class LitGPT(L.LightningModule):
     def backward_part(self, part: Batch, batch: Batch) -> Tensor:
         x, targets = self.read(part)
         if batch.targets is None:
-            loss = next_token_loss(self.model, x, targets, "mean") * (len(part.tokens) / len(batch.tokens))
+            loss = next_token_loss(self.model, x, targets, "mean", len(part.tokens) / len(batch.tokens))
         else:  # gradients are averaged over the devices, of which each may have another number of targets
-            loss = next_token_loss(self.model, x, targets, "sum") * (self.trainer.world_size / batch.targets)
+            loss = next_token_loss(self.model, x, targets, "sum", self.trainer.world_size / batch.targets)
         self.manual_backward(loss)
         return loss.detach()
 

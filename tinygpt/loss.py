@@ -19,23 +19,22 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 
-def next_token_loss(model: GPT, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Cross-entropy, in nats, of the targets (B, T) under the logits that the model's head makes of x (B, T, C).
+def next_token_loss(model: GPT, x: Tensor, targets: Tensor, reduction: str, factor: float = 1.0) -> Tensor:
+    """factor times the cross-entropy, in nats, of targets (B, T) under the logits that the model's head makes of x (B, T, C).
 
     reduction: mean or sum over the targets that are not IGNORED. For a large vocabulary the logits, a chunk of them at a
     time, and their gradient are computed in one go and not kept (as in Hsu et al. 2024, arXiv:2410.10989).
     """
     weight, cap = model.lm_head.weight, model.config.logit_softcap
     if model.vocab_size < LARGE:
-        return cross_entropy(model.head(x), targets, reduction)
+        return cross_entropy(model.head(x), targets, reduction) * factor
     x, targets = x.flatten(0, 1), targets.flatten()
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype == torch.float16:  # whose gradients are too small to be made before the scaler has scaled the loss
-        return F.cross_entropy(model.head(x).float(), targets, ignore_index=IGNORED, reduction=reduction)
-    share = (targets != IGNORED).float()  # of each row's loss in the result
-    if reduction == "mean":
-        share /= share.sum()
+        return F.cross_entropy(model.head(x).float(), targets, ignore_index=IGNORED, reduction=reduction) * factor
+    kept = (targets != IGNORED).float()
+    share = factor * (kept / kept.sum() if reduction == "mean" else kept)  # of each row's loss in the result
     loss: Tensor = ChunkedCrossEntropy.apply(x, weight, targets, share, cap)  # type: ignore[no-untyped-call]
     return loss
 
@@ -70,7 +69,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
-        if gradient.device.type == "cpu" and gradient == 1:  # as after a whole batch; elsewhere to ask is to wait
+        if gradient.device.type == "cpu" and gradient == 1:  # nobody scaled the loss; elsewhere to ask is to wait
             return grad_x, grad_w, None, None, None
         return grad_x * gradient.to(grad_x.dtype), grad_w * gradient, None, None, None
 

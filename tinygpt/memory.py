@@ -22,10 +22,10 @@ def keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def set_matmul_precision(wanted: str) -> None:
-    """What float32 products are made of: see `TrainConfig.matmul_precision`. fastest: medium where the processor has
-    units for it (Intel's AMX, NVIDIA's tensor cores), else high, which changes nothing on a CPU."""
+def set_matmul_precision(wanted: str, device: str) -> None:
+    """What float32 products are made of: see `TrainConfig.matmul_precision`. fastest: medium where the device, "cuda" or
+    "cpu", has units for it (NVIDIA's tensor cores, Intel's AMX), else high, which changes nothing on a CPU."""
     if wanted == "fastest":
-        has_units = torch.cuda.is_available() or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        has_units = device == "cuda" or (device == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)())
         wanted = "medium" if has_units else "high"
     torch.set_float32_matmul_precision(wanted)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tinygpt.config import ModelConfig
-from tinygpt.kernels import SquaredReLU, attend_by_products, products_are_faster
+from tinygpt.kernels import SquaredReLU, attend_by_products, in_rows, products_are_faster
 
 Rope = tuple[Tensor, Tensor]
 
@@ -89,9 +89,9 @@ class Attention(nn.Module):
         if mask is None and 1 < new < total:
             mask = continuation_mask(new, total, q.device)
         return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
+            in_rows(q),
+            in_rows(k),
+            in_rows(v),
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,

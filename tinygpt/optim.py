@@ -77,6 +77,12 @@ class Muon(torch.optim.Optimizer):
     learning rate, which is `lr`'s, to give the group's own.
     """
 
+    # As torch's fused optimizers: around a step its GradScaler sets by what the gradients are still to be divided, and
+    # whether the step is to be left out. Without this it would unscale gradients that were unscaled to be clipped.
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
     def __init__(
         self,
         matrices: list[tuple[Tensor, list[int]]],
@@ -107,6 +113,11 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if getattr(self, "found_inf", None):
+            return loss
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                p.grad.div_(scale)
         for group in self.param_groups:
             if "rows" in group:
                 self.step_matrices(group)

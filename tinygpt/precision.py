@@ -109,7 +109,8 @@ class Int8Linear(nn.Module):
         weight = weight.detach().float()
         scale = (weight.abs().amax(1) / 127).clamp_min(1e-12).bfloat16()
         self.register_buffer("scale", scale)
-        self.register_buffer("weight", (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8))
+        whole = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.register_buffer("weight", whole.contiguous())  # the kernel refuses GPT-2's own, which lie by columns
 
     def forward(self, x: Tensor) -> Tensor:
         rows, width = x.numel() // x.shape[-1], x.shape[-1]

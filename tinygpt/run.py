@@ -96,7 +96,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> float |
             return loss
     device = preflight(config)
     keep_memory()
-    set_matmul_precision(config.matmul_precision)
+    set_matmul_precision(config.matmul_precision, device)
     init = starting_weights(config, overrides) if config.init_from and started is None else None
     prepared = prepare_data(config, started, init)
     if started is not None:

@@ -30,7 +30,7 @@ from tinygpt.writer import JOURNAL, Manifest, Writer, documents_file, encoded, e
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT, READABLE = 3, (2, 3)  # in 2, ids of at most 256 kinds took two bytes
 
 _PROBE, _PROBES = 2**10, 16  # tokens that are looked at at once when a prepared corpus is opened, and how often
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -89,7 +89,8 @@ def _find(cache_dir: Path, family: str, wanted: Manifest) -> Prepared | None:
     for path in sorted(cache_dir.glob(f"{family}-*/manifest.json")):
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            same = all(manifest.get(name) == value for name, value in wanted.items())
+            same = all(manifest.get(name) == value for name, value in wanted.items() if name != "format")
+            same = same and manifest["format"] in READABLE
         except (OSError, ValueError, AttributeError):
             continue  # what is damaged is replaced when the new one takes its name
         if same and (found := _load(path.parent)):
@@ -105,7 +106,8 @@ def _load(folder: Path) -> Prepared | None:
         tokenizer = from_state(state)
         if tokenizer.fingerprint() != manifest["fingerprint"]:
             raise ValueError("tokenizer.json is not the tokenizer of the manifest")
-        if manifest["dtype"] != token_dtype(tokenizer.vocab_size).str:
+        size = tokenizer.vocab_size
+        if manifest["dtype"] not in (token_dtype(size).str, token_dtype(max(size, 257)).str):
             raise ValueError(f"tokens are {manifest['dtype']}")
         splits = {split: _tokens(folder, manifest, split) for split in SPLITS}
         for tokens in splits.values():
