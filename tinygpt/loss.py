@@ -20,7 +20,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
 
 
 def next_token_loss(model: GPT, x: Tensor, targets: Tensor, reduction: str, factor: float = 1.0) -> Tensor:
-    """factor times the cross-entropy, in nats, of targets (B, T) under the logits that the model's head makes of x (B, T, C).
+    """factor times cross-entropy, in nats, of targets (B, T) under the logits that the model's head makes of x (B, T, C).
 
     reduction: mean or sum over the targets that are not IGNORED. For a large vocabulary the logits, a chunk of them at a
     time, and their gradient are computed in one go and not kept (as in Hsu et al. 2024, arXiv:2410.10989).
