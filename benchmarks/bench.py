@@ -1,4 +1,4 @@
-"""All comparisons that need no GPU, one after the other, and one table of them: target, ours, peer, ratio, spread.
+"""All comparisons that need no GPU, one after the other, and one table of all results: target, ours, peer, ratio, spread.
 
     python benchmarks/bench.py --nanogpt PATH [--quick]        or: make bench-quick NANOGPT=PATH, make bench NANOGPT=PATH
 
@@ -89,7 +89,8 @@ def gpu(found: dict[str, Any]) -> Iterator[Row]:
             yield what, "1.3, MFU 55%", ours, peer, f"{row['ratio']:.2f}", "one run"
     if loss := found.get("loss", {}).get("val_loss"):
         ours = f"{loss['mean']:.4f}, {found['loss']['seconds']['mean']:.0f} s"
-        around = f"{loss['min']:.4f} to {loss['max']:.4f}"
+        done = sum(run["compile"] and not run["failed"] for run in found["loss"]["runs"])
+        around = "one seed" if done == 1 else f"{loss['min']:.4f} to {loss['max']:.4f}, {done} seeds"
         yield "GPU, loss of shakespeare_char_fast", "1.45 or less in 30 s", ours, "", "", around
 
 

@@ -224,7 +224,7 @@ def main() -> None:
             print(
                 f"{dtype}: {speed:6.1f} tokens/s (gpt2_small), perplexity {result['perplexity'][dtype]:.4f} (trained model)"
             )
-    write_result("generation" + ("_cuda" if cuda else ""), {**result, **machine()}, quick=arguments.quick and not cuda)
+    write_result("generation" + ("_cuda" if cuda else ""), {**result, **machine()}, quick=arguments.quick)
 
 
 def compare(runs: dict[str, Rounds], targets: dict[tuple[str, str, str], float | None]) -> list[dict[str, Any]]:

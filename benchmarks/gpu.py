@@ -70,8 +70,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", choices=("speed", "loss"))
     arguments = parser.parse_args()
+    here = {**machine(), "gpu": torch.cuda.get_device_name(), "block_size": BLOCK}
     kept = earlier_result("gpu") if arguments.only else {}
-    result: dict[str, Any] = {**kept, **machine(), "gpu": torch.cuda.get_device_name(), "block_size": BLOCK}
+    same = all(kept.get(name) == value for name, value in here.items())  # else it is of another day or machine
+    result: dict[str, Any] = {**(kept if same else {}), **here}
     with tempfile.TemporaryDirectory() as name:
         if arguments.only != "loss":
             speed(result, arguments.nanogpt.resolve(), arguments.micro, arguments.steps, Path(name))

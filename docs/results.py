@@ -21,9 +21,9 @@ import bench  # noqa: E402
 
 
 def speed() -> str:
-    """Every comparison with a peer that needs no GPU, and where each was measured."""
+    """Every comparison with a peer, and where each was measured."""
     found = [name for name in bench.TABLE if (RESULTS / f"{name}.json").exists()]
-    places = "\n".join(f"- `{name}.py`: {place(read(name))}" for name in found)
+    places = "\n".join(f"- `{name.removesuffix('_cuda')}.py`: {place(read(name))}" for name in found)
     return f"{table(('what', *bench.HEAD[1:]), bench.rows_of(RESULTS))}\n\n{places}"
 
 
@@ -259,10 +259,16 @@ def quality_loss(name: str) -> str:
     return f"validation loss {several(row['val_loss'], seeds, 4)}, {seeds} seed{'s' * (seeds > 1)}, `quality.json`"
 
 
+def gpu_loss() -> str:
+    found = read("gpu").get("loss", {}) if (RESULTS / "gpu.json").exists() else {}
+    return f"validation loss {ranged(found['val_loss'], 4)}, `gpu.json`" if "val_loss" in found else "not measured yet"
+
+
 # What is known of a recipe; one that is not here has not been measured by us.
 OF_EXPERIMENT = {
     "shakespeare_char_cpu": parity_loss,
     "shakespeare_char_cpu_fast": race_loss,
+    "shakespeare_char_fast": gpu_loss,
     "gpt2_small_shakespeare": overfit_loss,
     **{name: partial(quality_loss, name) for name in ("shakespeare_char_cpu_100s", "shakespeare_char_cpu_10min")},
     **{f"imdb{name}_small": lambda: "in equal time: [IMDB](imdb.md#against-the-reference)" for name in ("", "_reference")},

@@ -292,7 +292,8 @@ class TrainConfig:
     sweep: SweepConfig = group(SweepConfig, "several runs with -m: every combination, or a search")
     allow_targets: list[str] = option(
         [],
-        "packages beside lightning, tinygpt, torch, torchmetrics that a _target_ may name; on the command line only",
+        "packages beside lightning, tinygpt, torchmetrics and torch's nn, optim, profiler and distributed.fsdp that a "
+        "_target_ may name; on the command line only",
     )
     seed: int = option(1337, "decides initial weights, batches and dropout", ge=0, lt=2**63)
     matmul_precision: str = option(

@@ -77,8 +77,8 @@ class Muon(torch.optim.Optimizer):
     learning rate, which is `lr`'s, to give the group's own.
     """
 
-    # As torch's fused optimizers: around a step its GradScaler sets by what the gradients are still to be divided, and
-    # whether the step is to be left out. Without this it would unscale gradients that were unscaled to be clipped.
+    # As torch's fused optimizers: around a step torch's GradScaler sets by what the gradients are still to be divided, and
+    # whether the step is to be left out. Without this Lightning unscales once more what was unscaled to be clipped.
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None
     found_inf: Tensor | None

@@ -66,12 +66,12 @@ def prepare(config: DataConfig, data_dir: Path, cache_dir: Path, tokenizer: Toke
     wanted |= {"val_fraction": config.val_fraction, "test_fraction": config.test_fraction}
     wanted |= {"fingerprint": tokenizer.fingerprint()} if tokenizer else {"settings": _settings(config.tokenizer)}
     family = f"{corpus.name}-{tokenizer.kind if tokenizer else config.tokenizer.kind}"
-    if found := _find(cache_dir, family, wanted):
-        return found
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
     target = cache_dir / f"{family}-{key}"
+    if found := _find(target, family, wanted):
+        return found
     with _writing(cache_dir), workspace(target) as folder:
-        found = _find(cache_dir, family, wanted)  # another process may have been first
+        found = _find(target, family, wanted)  # another process may have been first
         if not found:
             if not (folder / "manifest.json").exists():  # else it was killed when only the name was left to give
                 _fill(folder, wanted, config, corpus, data_dir, tokenizer)
@@ -84,13 +84,14 @@ def _settings(config: TokenizerConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("kind", *_LEARNED_WITH.get(config.kind, ()))}
 
 
-def _find(cache_dir: Path, family: str, wanted: Manifest) -> Prepared | None:
-    """A whole folder that holds what is wanted, perhaps named for the settings that gave this tokenizer."""
-    for path in sorted(cache_dir.glob(f"{family}-*/manifest.json")):
+def _find(target: Path, family: str, wanted: Manifest) -> Prepared | None:
+    """A whole folder that holds what is wanted: `target`, or one beside it, perhaps named for the settings that gave this
+    tokenizer."""
+    for path in sorted(target.parent.glob(f"{family}-*/manifest.json"), key=lambda path: (path.parent != target, path)):
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             same = all(manifest.get(name) == value for name, value in wanted.items() if name != "format")
-            same = same and manifest["format"] in READABLE
+            same = same and manifest.get("format") in READABLE
         except (OSError, ValueError, AttributeError):
             continue  # what is damaged is replaced when the new one takes its name
         if same and (found := _load(path.parent)):
