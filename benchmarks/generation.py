@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--model", default="gpt2_small")
     parser.add_argument("--ckpt", help="a trained checkpoint for the perplexities")
     arguments = parser.parse_args()
-    cuda, rounds = arguments.device == "cuda", arguments.rounds or (3 if arguments.quick else 5)
+    cuda, rounds = arguments.device == "cuda", arguments.rounds or (2 if arguments.quick else 5)
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--litgpt", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one round; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="one round, without gpt2_small; nothing is written")
     arguments = parser.parse_args()
     contests = []  # (peer, model, how it is measured)
     with tempfile.TemporaryDirectory() as name:
@@ -179,7 +179,8 @@ def main() -> None:
             ("transformers", arguments.transformers, TRANSFORMERS),
             ("litgpt", arguments.litgpt, LITGPT),
         ):
-            for model in ("mini", "gpt2_small") if wanted else ():
+            sizes = ("mini",) if arguments.quick else ("mini", "gpt2_small")
+            for model in sizes if wanted else ():
                 contests.append((peer, model, lambda code=code, model=model: with_model(code, model, folder)))
         for model in SHAPES if arguments.compiled else ():
             contests.append((COMPILED, model, lambda model=model: ours(model, folder, "compile=true")))
