@@ -6,6 +6,7 @@ process, as plain values.
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -62,6 +63,15 @@ def batches(reader: Reader) -> Iterator[Batch]:
             pieces, characters = [], 0
     if pieces:
         yield Batch(pieces, reader.place())
+
+
+def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Each batch while the next one is being read: what is done with it may wait for a disk."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while batch := coming.result():
+            coming = pool.submit(next, batches, None)
+            yield batch
 
 
 @dataclass

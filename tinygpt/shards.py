@@ -22,7 +22,7 @@ import numpy as np
 from tinygpt.config import DataConfig, TokenizerConfig, UserError
 from tinygpt.corpus import Corpus, gpt2_merges, open_corpus
 from tinygpt.meter import progress
-from tinygpt.pieces import SPLITS, Reader, StreamReader, Survey, TextReader, batches, changed, sizes, training_texts
+from tinygpt.pieces import SPLITS, Reader, StreamReader, Survey, TextReader, ahead, batches, changed, sizes, training_texts
 from tinygpt.tokenizer import Texts, Tokenizer, build, from_state, token_dtype
 from tinygpt.tokens import Tokens
 from tinygpt.workspace import private, workspace
@@ -209,7 +209,8 @@ def _fill(
     )
     writer = Writer(folder, tokenizer.vocab_size, reader.documents, journal)
     with progress(survey.get("characters"), config.max_documents, place) as show:
-        for batch, ids in encoded(batches(reader), encoder(tokenizer, corpus.stream is not None)):
+        coming = batches(reader) if corpus.stream else ahead(batches(reader))  # Ctrl-C is not to wait for a network
+        for batch, ids in encoded(coming, encoder(tokenizer, corpus.stream is not None)):
             writer.write(batch, ids)
             show(batch.place)
     splits, end = writer.close(), reader.place()
