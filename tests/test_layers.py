@@ -15,7 +15,7 @@ LAYERS = (
     ("kinds", "summary", "lean", "ranks", "kernels"),
     ("config",),
     ("tokenizer", "model", "files", "batches", "targets", "help", "sweep", "memory", "lock", "finite", "archive"),
-    ("imdb", "tokens", "documents", "streams", "synthetic", "plot", "launch"),
+    ("imdb", "tokens", "documents", "streams", "synthetic", "plot", "launch", "compiling"),
     ("corpus", "ranking", "search"),
     ("multirun",),
     ("pieces",),
@@ -43,7 +43,7 @@ TORCH_OR_LESS = (
     *("tokenizer", "model", "optim", "loss", "memory", "cache", "decode", "precision", "generate", "engine", "checkpoint"),
     *("pretrained", "hub", "corpus", "streams", "pieces", "writer", "workspace", "meter", "shards", "batches", "terminal"),
     *("tokenizer_files", "model_card", "lock", "finite", "synthetic", "sweep", "launch", "ranking", "search", "archive"),
-    *("kinds", "ranks", "kernels"),
+    *("kinds", "ranks", "kernels", "compiling"),
 )
 
 

@@ -10,12 +10,13 @@ from tinygpt.loss import cross_entropy, next_token_loss
 from tinygpt.model import GPT
 
 
+@pytest.mark.parametrize("rule", [loss.chunk_loss, loss.fusible_chunk_loss])
 @pytest.mark.parametrize("factor", [1, 3])  # 1: the gradients are handed on as they are
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(
     "options", [{}, {"logit_softcap": 2.0}, {"tie_embeddings": False}], ids=["tied", "softcap", "untied"]
 )
-def test_loss_and_gradients_in_chunks_are_those_of_all_logits_at_once(monkeypatch, options, reduction, factor):
+def test_loss_and_gradients_in_chunks_are_those_of_all_logits_at_once(monkeypatch, options, reduction, factor, rule):
     monkeypatch.setattr(loss, "LARGE", 0)
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 3 * 50)  # three rows at a time
     torch.manual_seed(0)
@@ -26,7 +27,7 @@ def test_loss_and_gradients_in_chunks_are_those_of_all_logits_at_once(monkeypatc
     targets[1, 3:] = IGNORED
     found = []
     for measured in (
-        next_token_loss(model, model.features(idx), targets, reduction, 0.5),
+        next_token_loss(model, model.features(idx), targets, reduction, 0.5, rule),
         cross_entropy(model(idx), targets, reduction) * 0.5,
     ):
         model.zero_grad()
@@ -49,3 +50,18 @@ def test_under_autocast_the_products_are_in_bfloat16(monkeypatch):
     measured.backward()
     assert measured.dtype == model.wte.weight.grad.dtype == torch.float32
     torch.testing.assert_close(measured, exact, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_that_pad_a_product_count_for_nothing(dtype, softcap):
+    torch.manual_seed(0)
+    product, targets, share = 3 * torch.randn(5, 60), torch.randint(50, (5,)), torch.rand(5)
+    product = product.to(dtype).float().requires_grad_()
+    logits = product[:, :50] if softcap is None else softcap * torch.tanh(product[:, :50] / softcap)
+    expected = (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * share).sum()
+    expected.backward()
+    for rule in (loss.chunk_loss, loss.fusible_chunk_loss):
+        found, gradient = rule(product.detach().to(dtype, copy=True), 50, targets, share, softcap)
+        torch.testing.assert_close(found, expected.detach())
+        torch.testing.assert_close(gradient, product.grad.to(dtype))

@@ -3,10 +3,12 @@
 import errno
 import logging
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 from tiny import CALLBACKS, EMA, LAST_EVERY_3, column, corpus, rows, run, settings, summary, text
 
@@ -746,3 +748,38 @@ def test_lines_past_the_checkpoint_are_cut_back(tmp_path, monkeypatch):
 def test_a_trainer_argument_that_is_ours_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"trainer\.default_root_dir is set by tinygpt"):
         run(tmp_path, trainer={"default_root_dir": "x"})
+
+
+# A compiled step
+
+
+COMPILED = {"steps": 4, "every": 2, "callbacks": {k: v for k, v in LAST_EVERY_3.items() if k != "samples"}}
+LARGE = {"tokenizer": TokenizerConfig("gpt2")}  # for a loss in chunks
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_a_compiled_step_is_the_same_step_and_goes_on_where_it_stopped(tmp_path, monkeypatch, shared_data):
+    monkeypatch.setenv("TINYGPT_DATA_DIR", str(shared_data))
+    plain = run(tmp_path, "plain", data=LARGE, **COMPILED)
+    with monkeypatch.context() as patch:
+        killed(patch, 3)
+        with pytest.raises(RuntimeError, match="the power is out"):
+            run(tmp_path, "compiled", data=LARGE, compile=True, **COMPILED)
+    compiled = run(tmp_path, "compiled", data=LARGE, compile=True, resume="auto", **COMPILED)
+    for name in ("train/loss", "grad_norm", "val/loss"):
+        ours, theirs = column(compiled, name), column(plain, name)
+        assert [step for step, _ in ours] == [step for step, _ in theirs]
+        assert [value for _, value in ours] == pytest.approx([value for _, value in theirs], rel=1e-4), name
+    assert opened(compiled)["state_dict"].keys() == opened(plain)["state_dict"].keys()
+
+
+def test_compile_without_a_compiler_is_refused_in_a_line(tmp_path):
+    without = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    script = ("data=text", f"data.path={corpus(tmp_path)}", "compile=true", "hydra.run.dir=run")
+    done = scripts.run("train", *scripts.SMALL, *script, cwd=tmp_path, env=without)
+    assert done.code == 2
+    error, hint = done.stderr.splitlines()[-2:]
+    assert re.match(r"error: compile=true does not work here: .*C\+\+ compiler", error), done.stderr
+    assert hint.endswith("or use compile=false")
+    assert "Traceback" not in done.stderr
+    assert summary(tmp_path / "run")["status"] == "failed"

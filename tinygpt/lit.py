@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from tinygpt.batches import Batch
+from tinygpt.compiling import compiled
 from tinygpt.config import OptimizerConfig, UserError
 from tinygpt.evaluate import TextMetrics, hidden_states, predict
 from tinygpt.finite import FiniteSteps, NotFinite, finite
-from tinygpt.loss import next_token_loss
+from tinygpt.loss import chunk_loss, fusible_chunk_loss, next_token_loss
 from tinygpt.model import GPT
 from tinygpt.optim import learning_rate, make_optimizer
 from tinygpt.sharding import shard
@@ -56,7 +57,8 @@ class LitGPT(L.LightningModule):
         self.model, self.optimizer_config, self.card = model, optimizer, card
         self.total_steps, self.micro_batch_size, self.seed = total_steps, micro_batch_size, seed
         # Functions are compiled, not the model: a wrapper would rename its weights, and its other callers pass a cache.
-        self.read = torch.compile(partial(hidden_states, model)) if compile else partial(hidden_states, model)
+        self.read = compiled(partial(hidden_states, model)) if compile else partial(hidden_states, model)
+        self.loss = partial(next_token_loss, model, rule=compiled(fusible_chunk_loss) if compile else chunk_loss)
         self.metrics = TextMetrics(byte_lengths)
         self.finite_steps = FiniteSteps(skip_nonfinite)
         self.last_step: dict[str, Tensor] = {}
@@ -152,9 +154,9 @@ class LitGPT(L.LightningModule):
     def backward_part(self, part: Batch, batch: Batch) -> Tensor:
         x, targets = self.read(part)
         if batch.targets is None:
-            loss = next_token_loss(self.model, x, targets, "mean", len(part.tokens) / len(batch.tokens))
+            loss = self.loss(x, targets, "mean", len(part.tokens) / len(batch.tokens))
         else:  # gradients are averaged over the devices, of which each may have another number of targets
-            loss = next_token_loss(self.model, x, targets, "sum", self.trainer.world_size / batch.targets)
+            loss = self.loss(x, targets, "sum", self.trainer.world_size / batch.targets)
         self.manual_backward(loss)
         return loss.detach()
 
