@@ -17,6 +17,7 @@ def work(config: EvaluateConfig, run_dir: Path, overrides: list[str]) -> None:
         from tinygpt.shards import prepare
 
     name, opened = ckpt.open_any(config.ckpt)
+    ckpt.refuse_other_tokenizer(opened, overrides)
     device = ckpt.pick_device(config.device)
     model, tokenizer = ckpt.rebuild(opened, device, config.dtype)
     data = config.data or ckpt.stored_data(opened["tinygpt"])

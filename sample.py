@@ -53,7 +53,7 @@ def read_prompt(prompt: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         name = "on standard input" if prompt == "-" else f"file {prompt[1:]}"
-        raise UserError(f"the prompt {name} cannot be read: {reason}", "check what it holds") from error
+        raise UserError(f"the prompt {name} cannot be read: {reason}", "prompt=@FILE takes a text in UTF-8") from error
 
 
 if __name__ == "__main__":

@@ -147,7 +147,23 @@ def test_ctrl_c_saves_and_exits_130(tiny_home, empty):
     assert summary(latest)["status"] == "interrupted"
     saved = torch.load(latest / "checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert saved == summary(latest)["steps"] > 0
-    assert f"resume={latest.resolve()}/checkpoints/last.ckpt" in stderr
+    named = latest.resolve().relative_to(empty.resolve())
+    assert f"interrupted; to go on: python train.py resume={named}/checkpoints/last.ckpt" in stderr
+
+
+@pytest.mark.parametrize(
+    ("resume", "said"), [("null", "to go on: python train.py resume=run/"), ("auto", "the same command goes on from run/")]
+)
+def test_a_run_that_is_told_to_end_says_how_to_go_on(resume, said, empty, monkeypatch):
+    def ended(config, run_dir, overrides):
+        (run_dir / "checkpoints").mkdir()
+        (run_dir / "checkpoints" / "last.ckpt").touch()
+        raise SystemExit(143)
+
+    monkeypatch.setattr("tinygpt.run.train", ended)
+    done = run_inside("train", *SMALL, f"resume={resume}", "hydra.run.dir=run", cwd=empty)
+    assert done.code == 143
+    assert done.stderr == f"interrupted; {said}checkpoints/last.ckpt\n"
 
 
 def test_a_sweep_ranks_its_jobs_and_a_bad_one_does_not_stop_it(tiny_home, empty):
@@ -456,6 +472,17 @@ def test_a_checkpoint_that_is_not_ours_is_refused(ckpt, empty):
     for verb in ("sample", "evaluate"):
         assert_refused(run_inside(verb, cwd=empty), "outputs/latest", "python train.py")
     assert_refused(run_inside("train", *SMALL, f"init_from={bad[0]}", cwd=empty), str(bad[0]))
+    assert files(empty) == set()
+
+
+def test_another_tokenizer_than_the_checkpoint_s_is_refused(ckpt, empty):
+    (empty.parent / "new.txt").write_text("\N{SNOWMAN} says ~hello~\n" * 99)
+    text = ("data=text", f"data.path={empty.parent}/new.txt", f"cache_dir={empty.parent}/cache")
+    for verb, start in (("train", "init_from"), ("evaluate", "ckpt")):
+        done = run_inside(verb, f"{start}={ckpt}", *text, cwd=empty)
+        assert_refused(done, "is unknown, like ", "\N{SNOWMAN}", "train a new model, with data/tokenizer=byte")
+        done = run_inside(verb, f"{start}={ckpt}", *text, "data/tokenizer=byte", cwd=empty)
+        assert_refused(done, "data/tokenizer=byte: the checkpoint brings its own tokenizer, char", "needs a new model")
     assert files(empty) == set()
 
 

@@ -88,6 +88,19 @@ SMUGGLED = [
 ]
 
 
+OTHER_NAMES = [
+    ("optimizer.learning_rate=1e-3", "optimizer.lr"),
+    ("batch_size=8", "data.global_batch_size"),
+    ("model.hidden_size=64", "model.n_embd"),
+    ("max_iters=100", "trainer.max_steps"),
+]
+
+
+@pytest.mark.parametrize(("argument", "ours"), OTHER_NAMES)
+def test_what_other_programs_call_it_is_understood(argument, ours):
+    assert refused(said("train", argument), "there is no key") == f"did you mean {ours}?"
+
+
 @pytest.mark.parametrize(("argument", "word"), SMUGGLED)
 def test_what_plus_and_tilde_smuggle_is_refused(argument, word):
     refused(said("train", argument), word)

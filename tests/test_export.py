@@ -300,7 +300,7 @@ def test_without_transformers_the_error_names_the_extra(ready, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="transformers") as caught:
         written(ready)
-    assert "pip install -e '.[hf]'" in caught.value.hint
+    assert "pip install -c constraints.txt -e '.[hf]'" in caught.value.hint
     written(ready, format="safetensors")
 
 

@@ -467,7 +467,7 @@ def test_without_the_library_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="huggingface_hub") as caught:
         open_hub("gpt2")
-    assert "pip install -e '.[hf]'" in caught.value.hint
+    assert "pip install -c constraints.txt -e '.[hf]'" in caught.value.hint
 
 
 # The commands

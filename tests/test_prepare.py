@@ -339,7 +339,7 @@ def test_without_the_library_the_error_is_a_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     done = run_inside("prepare", "data=tinystories", "data/tokenizer=byte", cwd=tmp_path)
     assert done.code == 2
-    assert done.stderr == "error: data=hf needs the datasets library\nhint: pip install -e '.[hf]'\n"
+    assert done.stderr == "error: data=hf needs the datasets library\nhint: pip install -c constraints.txt -e '.[hf]'\n"
 
 
 @pytest.mark.parametrize(

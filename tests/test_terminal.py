@@ -54,7 +54,7 @@ def test_what_is_said_about_the_text_goes_to_stderr(piped):
     _, stderr = piped
     assert "Ctrl-D" in stderr
     assert "error: the character 'x'" in stderr
-    assert "leave this one out" in stderr
+    assert "leave such characters out" in stderr
     assert stderr.count("note:") == 1
     assert "the prompt has 10 tokens; the model reads the last 8" in stderr
     assert "Traceback" not in stderr

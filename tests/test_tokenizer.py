@@ -279,6 +279,8 @@ def test_an_unknown_character_is_named():
     assert "data/tokenizer=byte" in caught.value.hint
     with pytest.raises(UserError, match=r"U\+10FFFF"):
         TOKENIZERS["char"].encode("\U0010ffff")
+    with pytest.raises(UserError, match=r"'ß' .* at position 1 is unknown, like U\+0007 à ô further on$"):
+        TOKENIZERS["char"].encode("ißôaàß\aô")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe"])

@@ -12,7 +12,7 @@ import errno
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from tinygpt.kinds import describe, fits
 from tinygpt.model import GPT
 from tinygpt.precision import convert, lay_out
 from tinygpt.pretrained import PREFIX, Pretrained, is_export, open_folder, open_hub
+from tinygpt.sweep import key_of
 from tinygpt.tokenizer import Tokenizer, from_state
 
 FORMAT = 1
@@ -128,6 +129,18 @@ def stored_tokenizer(checkpoint: dict[str, Any]) -> Tokenizer | None:
     """The tokenizer of an opened checkpoint; None where hf: brought none."""
     state = checkpoint["tinygpt"]["tokenizer"]
     return None if state is None else from_state(state)
+
+
+def refuse_other_tokenizer(checkpoint: dict[str, Any], overrides: Sequence[str]) -> None:
+    """UserError where the command line asks for another tokenizer than the checkpoint brings."""
+    own = checkpoint["tinygpt"]["tokenizer"]
+    asked = [item.partition("=") for item in overrides if key_of(item) in ("data/tokenizer", "data.tokenizer.kind")]
+    for key, _, kind in asked:
+        if own is not None and kind != own["kind"]:
+            raise UserError(
+                f"{key}={kind}: the checkpoint brings its own tokenizer, {own['kind']}, and its weights know no other",
+                f"leave {key}= out: another tokenizer needs a new model",
+            )
 
 
 def check_vocabulary(checkpoint: dict[str, Any], tokenizer: Tokenizer) -> None:

@@ -29,7 +29,7 @@ from tinygpt.help import print_help
 from tinygpt.kinds import describe
 from tinygpt.ranks import give_way, is_first, launched
 from tinygpt.search import EXAMPLE
-from tinygpt.summary import read_summary
+from tinygpt.summary import read_summary, way_on
 from tinygpt.sweep import remove_empty_above
 from tinygpt.targets import refuse_calls
 
@@ -38,6 +38,19 @@ NULLABLE = ("resume", "init_from", "out", "data.path", "gpt2", "api_key")  # els
 OPEN_GROUPS = ("trainer", "logger", "callbacks")  # theirs: checked against signatures when they are built
 MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 HYDRA_FLAGS = (*MULTIRUN, "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "--version")
+
+ELSEWHERE = {  # what other programs call it, where the letters are too far apart
+    "optimizer.lr": ("learning_rate",),
+    "data.global_batch_size": ("batch_size", "train_batch_size"),
+    "data.micro_batch_size": ("per_device_train_batch_size", "device_batch_size"),
+    "trainer.max_steps": ("max_iters", "num_iterations"),
+    "trainer.max_epochs": ("epochs", "num_epochs", "num_train_epochs"),
+    "trainer.val_check_interval": ("eval_interval", "eval_steps"),
+    "model.block_size": ("context_length", "max_seq_length", "max_seq_len", "seq_len", "n_positions", "n_ctx"),
+    "model.n_embd": ("hidden_size", "d_model", "dim"),
+    "model.n_layer": ("num_layers", "num_hidden_layers", "depth"),
+    "model.n_head": ("num_heads", "num_attention_heads"),
+}
 
 Work = Callable[[Any, Path, list[str]], float | None]
 
@@ -238,8 +251,8 @@ def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[s
         sys.argv = given  # what Lightning starts the other processes of a run with
         settings, run_dir = HydraConfig.get(), Path(HydraConfig.get().runtime.output_dir)
         try:
-            with run_directory(run_dir, keep=not single, say=single):
-                task = list(settings.overrides.task)
+            task, again = list(settings.overrides.task), OmegaConf.select(config, "resume") == "auto"
+            with run_directory(run_dir, keep=not single, again=again, say=single):
                 return work(to_schema(config, schema, task), run_dir, task)
         except Exception as error:  # raised again below: Hydra would print a line of its own before ours
             errors.append(error if single else failed(error, schema, run_dir, list(settings.overrides.task)))
@@ -259,15 +272,14 @@ def run_hydra(verb: str, schema: type, work: Work, conf: Path, overrides: list[s
 
 
 @contextlib.contextmanager
-def run_directory(run_dir: Path, keep: bool, say: bool) -> Iterator[None]:
+def run_directory(run_dir: Path, keep: bool, again: bool = False, say: bool = False) -> Iterator[None]:
     """The folder of a run: an interrupted one says how to go on, one that has left nothing of its own goes again."""
     first = is_first()
     try:
         yield
     except SystemExit:
-        last = run_dir / "checkpoints" / "last.ckpt"
-        if first and say and last.exists():
-            print(f"interrupted; to go on: python train.py resume={last}", file=sys.stderr)
+        if first and say and (run_dir / "checkpoints" / "last.ckpt").exists():
+            print(f"interrupted; {way_on(run_dir, again)}", file=sys.stderr)
         raise
     finally:
         if first and not keep:
@@ -316,7 +328,7 @@ class SweepJob:
         logging.raiseExceptions = False  # as in run_hydra
         settings, run_dir = HydraConfig.get(), Path(HydraConfig.get().runtime.output_dir)
         overrides = list(settings.overrides.task)
-        with run_directory(run_dir, keep=not config.dry_run, say=False):
+        with run_directory(run_dir, keep=not config.dry_run):
             if config.dry_run:
                 self.work(to_schema(config, self.schema, overrides), run_dir, overrides)
                 return
@@ -421,6 +433,9 @@ def unknown_key(key: str, schema: type) -> UserError:
     if key.split(".")[0] == "hydra":
         return UserError(f"there is no key {key}", "of Hydra's own keys, hydra.run.dir and hydra.sweep.dir are used most")
     known = all_keys(schema)
+    meant = next((ours for ours, theirs in ELSEWHERE.items() if key.rpartition(".")[2] in theirs), "")
+    if meant.partition(".")[0] in known:
+        return UserError(f"there is no key {key}", f"did you mean {meant}?")
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     group = key.rpartition(".")[0]
     beside = [name for name in known if name.rpartition(".")[0] == group]

@@ -102,8 +102,8 @@ class ModelConfig:
     logit_softcap: float | None = option(None, "c: logits become c tanh(logits / c); null: off", gt=0)
     init: str = option(
         "gpt2",
-        "normal(0.02) with residual projections scaled by 1/sqrt(2 n_layer) | normal(0.02) everywhere | "
-        "1/sqrt(fan-in) with residual projections at zero",
+        "gpt2: normal(0.02), residual projections scaled by 1/sqrt(2 n_layer); normal: normal(0.02) everywhere; "
+        "zero_proj: 1/sqrt(fan-in), residual projections at zero",
         choices=("gpt2", "normal", "zero_proj"),
     )
 

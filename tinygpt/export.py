@@ -149,7 +149,7 @@ def need_transformers() -> None:
     except ImportError as error:
         raise UserError(
             "format=hf compares with transformers before it says done, and that is not installed",
-            "pip install -e '.[hf]', or format=safetensors",
+            "pip install -c constraints.txt -e '.[hf]', or format=safetensors",
         ) from error
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt.config import UserError, nearest
 from tinygpt.summary import read_metrics, read_summary
+from tinygpt.sweep import PASSING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,7 @@ LABELS = {
 TRAIN, VALIDATION = "#8fb0d6", "#c8501e"
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+UNTOLD = ("hydra.", *(f"{key}=" for key in PASSING))  # what a command says that makes no other run
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.5)))  # when the colours are used up
 
 
@@ -245,7 +247,7 @@ def labels(folders: Sequence[Path], overrides: Sequence[Sequence[str]]) -> list[
     before, after = shared(parts), shared([part[::-1] for part in parts])
     names = ["/".join(part[before : len(part) - after]) or part[-1] for part in parts]
     common = set.intersection(*map(set, overrides))
-    own = [[word for word in words if word not in common and not word.startswith("hydra.")] for words in overrides]
+    own = [[word for word in words if word not in common and not word.startswith(UNTOLD)] for words in overrides]
     return [f"{name}: {' '.join(words)}" if words else name for name, words in zip(names, own, strict=True)]
 
 

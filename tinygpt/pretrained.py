@@ -122,7 +122,8 @@ def fetch(name: str) -> Path:
     try:
         from huggingface_hub import constants, snapshot_download
     except ImportError as error:
-        raise UserError("hf:NAME needs huggingface_hub", "pip install -e '.[hf]', or give a folder: hf:DIR") from error
+        hint = "pip install -c constraints.txt -e '.[hf]', or give a folder: hf:DIR"
+        raise UserError("hf:NAME needs huggingface_hub", hint) from error
     try:
         return Path(snapshot_download(name, allow_patterns=list(_FETCHED)))
     except Exception as error:  # the library's own, its HTTP client's and the system's

@@ -99,19 +99,19 @@ def show(rows: Sequence[Row], sweep_dir: Path) -> None:
     for name in SHOWN:
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*(shown(row[name]) for name in SHOWN))
+        table.add_row(*(shown(row[name], 1 if name == "seconds" else 4) for name in SHOWN))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)  # a file is as wide as it needs
     for row in rows:
         if row["error"]:  # said again: it may have scrolled by, or been said in another process
             print(f"job {row['job']} has failed: {row['error']}", file=sys.stderr)
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, digits: int = 4) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
         return " ".join(rounded(item) for item in value)
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def rounded(override: str) -> str:
@@ -136,6 +136,8 @@ def picture(rows: Sequence[Row], sweep_dir: Path) -> "Figure":
         panels = halves[1].subplots(high, -(-len(keys) // high), squeeze=False, sharey=True)
         for panel, key in zip(panels.flat, keys, strict=False):
             draw_setting(panel, key, [setting.get(key) for setting in settings], rows)
+        for panel in panels[:, 0]:
+            panel.set_ylabel("best validation loss")
         for panel in panels.flat[len(keys) :]:
             panel.set_visible(False)
     figure.suptitle(sweep_dir.name.replace("$", r"\$"), fontsize=12)

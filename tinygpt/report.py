@@ -29,7 +29,7 @@ from tinygpt.generate import generate, opening
 from tinygpt.lit import LitGPT
 from tinygpt.progress import Throughput
 from tinygpt.shards import Prepared
-from tinygpt.summary import read_summary, store_summary
+from tinygpt.summary import from_here, read_summary, store_summary
 from tinygpt.synthetic import Source
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,8 @@ def write_summary(outcome: Outcome, status: str) -> None:
         "overrides": outcome.overrides,
     }
     store_summary(outcome.run_dir, summary)
-    log.info("%s after %d steps and %.1f s; best validation loss %s", status, steps, summary["seconds"], best.get("loss"))
+    loss = "none yet" if best.get("loss") is None else f"{best['loss']:.4f}"
+    log.info("%s after %d steps and %.1f s; best validation loss %s", status, steps, summary["seconds"], loss)
 
 
 def peak_memory(trainer: L.Trainer) -> int:
@@ -176,8 +177,3 @@ def print_result(outcome: Outcome) -> None:
         prompt = opening("\n", tokenizer)
         print(generate(model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1).strip("\n"))
         print(f"\nmore: python sample.py ckpt={shlex.quote(from_here(Path(summary['checkpoint'])))}")
-
-
-def from_here(path: Path) -> str:
-    """A path as one would type it: relative where it lies below the current folder."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

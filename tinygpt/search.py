@@ -163,7 +163,7 @@ def quieten() -> None:
     try:
         import optuna
     except ImportError as error:
-        raise UserError("sweep=optuna needs the optuna package", "pip install -e '.[sweep]'") from error
+        raise UserError("sweep=optuna needs the optuna package", "pip install -c constraints.txt -e '.[sweep]'") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 

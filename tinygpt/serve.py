@@ -75,7 +75,7 @@ def add_playground(app: FastAPI, library: Library, config: ServeConfig, api_key:
     try:
         from tinygpt.playground import mount  # gradio takes its time to import
     except ModuleNotFoundError as error:
-        hint = "pip install -e '.[serve]', or playground=false"
+        hint = "pip install -c constraints.txt -e '.[serve]', or playground=false"
         raise UserError(f"the playground needs the package {error.name}", hint) from error
     mount(app, library, config, api_key)
 
@@ -137,7 +137,9 @@ def serve(config: ServeConfig) -> None:
         app = make_app(library, config, config.api_key or os.environ.get("TINYGPT_API_KEY"))
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
-        print(f"serving {', '.join(library.names)} at http://{host}:{port}", file=sys.stderr, flush=True)
+        later = [name for name in library.names if name not in {served.name for served in library.ready}]
+        asked = f" ({', '.join(later)}: loaded when asked for)" if later else ""
+        print(f"serving {', '.join(library.names)}{asked} at http://{host}:{port}", file=sys.stderr, flush=True)
         if config.browser:
             Thread(target=open_browser, args=(f"http://{host}:{port}",), daemon=True).start()  # it waits for the server
         Server(connections(app, config), library).run(sockets=[listener])

@@ -131,6 +131,7 @@ def starting_weights(config: TrainConfig, overrides: Sequence[str]) -> dict[str,
     The command line asks by its key; an experiment does by having a smaller one.
     """
     _, opened = ckpt.open_any(str(config.init_from))
+    ckpt.refuse_other_tokenizer(opened, overrides)
     keys, wanted = override_keys(overrides), config.model.block_size
     stored = opened["tinygpt"]["model"]["block_size"]
     if "model.block_size" in keys or ("experiment" in keys and wanted < stored):

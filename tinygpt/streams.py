@@ -77,7 +77,7 @@ class Stream:
         try:
             import datasets
         except ImportError as error:
-            raise UserError("data=hf needs the datasets library", "pip install -e '.[hf]'") from error
+            raise UserError("data=hf needs the datasets library", "pip install -c constraints.txt -e '.[hf]'") from error
         datasets.disable_progress_bars()
         for library in ("datasets", "huggingface_hub"):
             logging.getLogger(library).setLevel(logging.ERROR)  # they warn at each retry; the error says it all

@@ -1,8 +1,10 @@
-"""What a run leaves as numbers: summary.json and metrics.csv. Standard library only: sweeps read many."""
+"""What a run leaves: its numbers, summary.json and metrics.csv, and how to go on with it. Standard library only: sweeps read
+many."""
 
 import csv
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +38,18 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [row for row in rows if row.get("step") and None not in row.values()]
+
+
+def way_on(run_dir: Path, again: bool) -> str:
+    """How to go on with a run that has ended before its time; `again`: by its own command, which said resume=auto."""
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if not last.exists():
+        return "there is no checkpoint yet: start it again"
+    if again:
+        return f"the same command goes on from {from_here(last)}"
+    return f"to go on: python train.py resume={shlex.quote(from_here(last))}"
+
+
+def from_here(path: Path) -> str:
+    """A path as one would type it: relative where it lies below the current folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

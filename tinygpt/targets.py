@@ -16,6 +16,7 @@ from tinygpt.kinds import describe, fits
 
 ALLOWED = ("lightning", "tinygpt", "torchmetrics", "torch.nn", "torch.optim", "torch.profiler", "torch.distributed.fsdp")
 """Where a target may lie. Of torch these parts alone: others compile, load or start what they are told to."""
+EXTRAS = ("tensorboard",)  # of ours, for loggers of theirs
 REFUSED = ("lightning.pytorch.cli", "lightning.fabric.cli")
 
 
@@ -132,7 +133,9 @@ def call(target: Callable[..., Any], arguments: dict[str, Any], key: str) -> Any
     except UserError:
         raise
     except ModuleNotFoundError as error:
-        raise UserError(f"{key} needs a package that is not installed: {error}", "install it with pip") from error
+        reason = str(error).strip().partition("\n")[0]
+        extra = next((f"-c constraints.txt -e '.[{name}]'" for name in EXTRAS if name in reason), "it")
+        raise UserError(f"{key} needs a package that is not installed: {reason}", f"pip install {extra}") from error
     except Exception as error:  # whatever a foreign constructor refuses its arguments with
         raise UserError(f"{key}: {' '.join(str(error).split())[:300]}", "check its arguments") from error
 

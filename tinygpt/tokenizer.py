@@ -34,16 +34,21 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
     return np.dtype("u1" if vocab_size <= 2**8 else "<u2" if vocab_size <= 2**16 else "<u4")
 
 
-class UnknownCharacter(UserError):
-    """A character that a char tokenizer has never seen; `position` counts characters from 0."""
+SHOWN = 20  # of the characters that are unknown
 
-    def __init__(self, character: str, position: int) -> None:
+
+class UnknownCharacter(UserError):
+    """A character that a char tokenizer has never seen; `position` counts characters from 0. `others` are unknown too."""
+
+    def __init__(self, character: str, position: int, others: str = "") -> None:
+        shown = [other if other.isprintable() and other != " " else f"U+{ord(other):04X}" for other in others[:SHOWN]]
+        more = f", like {' '.join(shown)}{' ...' if len(others) > SHOWN else ''} further on" if others else ""
         super().__init__(
-            f"the character {character!r} (U+{ord(character):04X}) at position {position} is unknown",
-            "a char tokenizer knows the characters of its training text only: leave this one out, "
-            "or train with data/tokenizer=byte, which knows them all",
+            f"the character {character!r} (U+{ord(character):04X}) at position {position} is unknown{more}",
+            "a char tokenizer, which a checkpoint brings along, knows the characters of its training text only: leave such "
+            "characters out, or train a new model, with data/tokenizer=byte, which knows them all",
         )
-        self.character, self.position = character, position
+        self.character, self.position, self.others = character, position, others
 
 
 def _refuse_surrogates(text: str) -> bytes:
@@ -160,7 +165,8 @@ class CharTokenizer(Tokenizer):
         if ids.size and ids.max() == unknown:
             _refuse_surrogates(text)
             position = int((ids == unknown).argmax())
-            raise UnknownCharacter(text[position], position)
+            found = {text[at] for at in np.flatnonzero(ids == unknown)} - {text[position]}
+            raise UnknownCharacter(text[position], position, "".join(sorted(found)))
         return ids
 
     def _look_up(self, text: str) -> tuple[Ids, int]:

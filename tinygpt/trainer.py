@@ -72,7 +72,7 @@ def accelerator(settings: dict[str, Any]) -> str:
         return found
     if not here.get(wanted, True):
         name = {"cuda": "CUDA GPU", "mps": "Apple GPU (MPS)"}[wanted]
-        raise UserError(f"trainer.accelerator={wanted}: no {name} is available", f"use trainer=cpu{why_no_gpu(wanted)}")
+        raise UserError(f"no {name} is available (trainer.accelerator={wanted})", f"use trainer=cpu{why_no_gpu(wanted)}")
     return str(wanted)
 
 

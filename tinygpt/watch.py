@@ -7,7 +7,6 @@ process looks after the others of its machine, and what ends one is told to the 
 import contextlib
 import json
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -26,7 +25,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from tinygpt.config import UserError
 from tinygpt.ranks import has_lost_contact, launched
-from tinygpt.report import from_here
+from tinygpt.summary import way_on
 
 PARENT = "TINYGPT_PARENT"  # the pid of the process that started this one for the same run
 INTERVAL = 0.5  # seconds from one look to the next
@@ -175,16 +174,8 @@ class Watch(L.Callback):
             message = f"process {rank} of {world} {end}, at step {step}"
         else:
             message = f"process {self.trainer.global_rank} of {world} has lost the others at step {step}: {otherwise}"
-        return Lost(message, (heard or {}).get("hint") or self.way_on())
-
-    def way_on(self) -> str:
         run_dir = self.members[0]["run_dir"] if self.members else self.run_dir
-        last = Path(run_dir) / "checkpoints" / "last.ckpt"
-        if not last.exists():
-            return "there is no checkpoint yet: start it again"
-        if self.again:
-            return f"the same command goes on from {from_here(last)}"
-        return f"to go on: python train.py resume={shlex.quote(from_here(last))}"
+        return Lost(message, (heard or {}).get("hint") or way_on(Path(run_dir), self.again))
 
     def tell(self, report: dict[str, Any]) -> bool:
         """Leave word for those who will miss this process; whether there was where to."""

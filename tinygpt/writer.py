@@ -53,7 +53,7 @@ def encoder(tokenizer: Tokenizer, streamed: bool) -> Callable[[Batch], list[Ids]
             return encode(batch)
         except UnknownCharacter as error:  # it counted from the start of a piece
             piece = next(piece for piece in batch.pieces if error.character in piece.text)
-            raise UnknownCharacter(error.character, piece.start + piece.text.index(error.character)) from None
+            raise UnknownCharacter(error.character, piece.start + piece.text.index(error.character), error.others) from None
 
     return located
 
