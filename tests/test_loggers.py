@@ -17,6 +17,7 @@ from tinygpt.checkpoint import open_checkpoint
 from tinygpt.config import UserError
 from tinygpt.loggers import COLUMNS, CSVLogger, has_key
 from tinygpt.summary import read_metrics
+from tinygpt.targets import call
 
 HEADER = ",".join(COLUMNS)
 WANDB = {**CSV, "wandb": {"_target_": "tinygpt.loggers.wandb", "project": "test", "name": None, "mode": "auto"}}
@@ -251,3 +252,23 @@ def test_a_server_that_goes_away_does_not_hold_a_run_at_its_end(tmp_path):
             process.kill()
     assert process.returncode == 0
     assert list(tmp_path.rglob("*.wandb"))  # to be uploaded later
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        (
+            "Neither `tensorboard` nor `tensorboardX` is available.\nRequirement 'tensorboardX' not met.",
+            "-e '.[tensorboard]'",
+        ),
+        ("Module not found: 'comet_ml'. HINT: ...", "install it with pip"),
+    ],
+)
+def test_a_logger_whose_package_is_missing_says_what_to_install(said, hint):
+    def logger():
+        raise ModuleNotFoundError(said)
+
+    with pytest.raises(UserError, match=r"logger\.x needs a package that is not installed: ") as caught:
+        call(logger, {}, "logger.x")
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint.endswith(hint)

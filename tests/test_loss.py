@@ -1,5 +1,7 @@
 """The loss in chunks is the loss, and so are its gradients."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -37,6 +39,22 @@ def test_loss_and_gradients_in_chunks_are_those_of_all_logits_at_once(monkeypatc
     torch.testing.assert_close(ours, theirs)
     for name, gradient in their_gradients.items():
         torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_the_compiled_rule_is_the_rule_for_every_size_of_chunk():
+    torch.manual_seed(0)
+    rule, weight = torch.compile(loss.fusible_chunk_loss), torch.randn(50, 8)
+    for rows, softcap in ((14, 2.0), (13, None)):
+        x, targets, share = torch.randn(rows, 8), torch.randint(50, (rows,)), torch.rand(rows)
+        for dtype in (torch.float32, torch.bfloat16):
+            for part in (slice(0, 5), slice(5, 10), slice(10, None)):
+                product = (x[part] @ weight.T).to(dtype)
+                given = (50, targets[part], share[part], softcap)
+                found, gradient = rule(product.clone(), *given)
+                expected, its_gradient = loss.chunk_loss(product.clone(), *given)
+                torch.testing.assert_close(found, expected)
+                torch.testing.assert_close(gradient, its_gradient)
 
 
 def test_under_autocast_the_products_are_in_bfloat16(monkeypatch):

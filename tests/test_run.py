@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import scripts
@@ -19,6 +20,7 @@ from tinygpt.callbacks import GracefulStop, LastCheckpoint
 from tinygpt.config import TokenizerConfig, UserError
 from tinygpt.lit import LitGPT
 from tinygpt.loggers import COLUMNS, CSVLogger
+from tinygpt.loss import fusible_chunk_loss
 from tinygpt.model import GPT
 from tinygpt.run import train
 
@@ -765,7 +767,10 @@ def test_a_compiled_step_is_the_same_step_and_goes_on_where_it_stopped(tmp_path,
         killed(patch, 3)
         with pytest.raises(RuntimeError, match="the power is out"):
             run(tmp_path, "compiled", data=LARGE, compile=True, **COMPILED)
+    handed = mock.Mock(wraps=torch.compile)
+    monkeypatch.setattr(torch, "compile", handed)
     compiled = run(tmp_path, "compiled", data=LARGE, compile=True, resume="auto", **COMPILED)
+    assert [call.args[0] for call in handed.call_args_list][1:] == [fusible_chunk_loss]  # the layers are the first
     for name in ("train/loss", "grad_norm", "val/loss"):
         ours, theirs = column(compiled, name), column(plain, name)
         assert [step for step, _ in ours] == [step for step, _ in theirs]
@@ -780,6 +785,6 @@ def test_compile_without_a_compiler_is_refused_in_a_line(tmp_path):
     assert done.code == 2
     error, hint = done.stderr.splitlines()[-2:]
     assert re.match(r"error: compile=true does not work here: .*C\+\+ compiler", error), done.stderr
-    assert hint.endswith("or use compile=false")
+    assert hint.startswith("hint: use compile=false")
     assert "Traceback" not in done.stderr
     assert summary(tmp_path / "run")["status"] == "failed"

@@ -132,11 +132,12 @@ def stored_tokenizer(checkpoint: dict[str, Any]) -> Tokenizer | None:
 
 
 def refuse_other_tokenizer(checkpoint: dict[str, Any], overrides: Sequence[str]) -> None:
-    """UserError where the command line asks for another tokenizer than the checkpoint brings."""
+    """UserError where the command line asks for another kind of tokenizer than the checkpoint of a run brings."""
     own = checkpoint["tinygpt"]["tokenizer"]
     asked = [item.partition("=") for item in overrides if key_of(item) in ("data/tokenizer", "data.tokenizer.kind")]
-    for key, _, kind in asked:
-        if own is not None and kind != own["kind"]:
+    for key, _, value in asked:
+        kind = value.strip("'\"")
+        if own is not None and kind != own["kind"] and {kind, own["kind"]} != {"gpt2", "bpe"}:  # hf: says bpe to both
             raise UserError(
                 f"{key}={kind}: the checkpoint brings its own tokenizer, {own['kind']}, and its weights know no other",
                 f"leave {key}= out: another tokenizer needs a new model",

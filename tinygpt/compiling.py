@@ -1,30 +1,24 @@
-"""torch.compile, whose failures are the machine's: no C++ compiler, no Triton, a GPU that it does not know."""
+"""What torch.compile says where it cannot compile: no C++ compiler, no Triton, a GPU that it does not know."""
 
-from collections.abc import Callable
-from functools import wraps
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from tinygpt.config import UserError
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, compiled at its first call, which raises UserError where that cannot be done."""
-    quick = torch.compile(function)
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return quick(*args, **kwargs)
-        except Exception as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            reason = str(error).strip().partition("\n")[0]
-            hint = "install a C++ compiler (g++ or clang), for a GPU Triton too; or use compile=false"
-            raise UserError(f"compile=true does not work here: {reason}", hint) from error
-
-    return call
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around a step, whose parts are compiled when they are first called: what fails there is a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, torch.OutOfMemoryError):
+            raise inner from None
+        reason = str(error).strip().partition("\n")[0]
+        hint = "use compile=false; or where it is a compiler that is missing, install g++ or clang, for a GPU Triton too"
+        raise UserError(f"compile=true does not work here: {reason}", hint) from error

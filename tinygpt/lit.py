@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinygpt.batches import Batch
-from tinygpt.compiling import compiled
+from tinygpt.compiling import explained
 from tinygpt.config import OptimizerConfig, UserError
 from tinygpt.evaluate import TextMetrics, hidden_states, predict
 from tinygpt.finite import FiniteSteps, NotFinite, finite
@@ -57,8 +57,8 @@ class LitGPT(L.LightningModule):
         self.model, self.optimizer_config, self.card = model, optimizer, card
         self.total_steps, self.micro_batch_size, self.seed = total_steps, micro_batch_size, seed
         # Functions are compiled, not the model: a wrapper would rename its weights, and its other callers pass a cache.
-        self.read = compiled(partial(hidden_states, model)) if compile else partial(hidden_states, model)
-        self.loss = partial(next_token_loss, model, rule=compiled(fusible_chunk_loss) if compile else chunk_loss)
+        self.read = torch.compile(partial(hidden_states, model)) if compile else partial(hidden_states, model)
+        self.loss = partial(next_token_loss, model, rule=torch.compile(fusible_chunk_loss) if compile else chunk_loss)
         self.metrics = TextMetrics(byte_lengths)
         self.finite_steps = FiniteSteps(skip_nonfinite)
         self.last_step: dict[str, Tensor] = {}
@@ -85,7 +85,8 @@ class LitGPT(L.LightningModule):
         self.last_lr = learning_rate(self.global_step, self.total_steps, self.optimizer_config)
         for group in optimizer.param_groups:
             group["lr"] = self.last_lr * group.get("lr_ratio", 1.0)
-        loss = self.accumulate(batch)
+        with explained():
+            loss = self.accumulate(batch)
         grad_norm = self.clip()
         if self.refuses(loss, grad_norm):
             optimizer.zero_grad()  # a step without gradients moves nothing, and counts

@@ -12,7 +12,7 @@ from tinygpt.model import GPT
 
 LARGE = 4096  # vocabularies from here on: below, the plain loss is as fast and its logits are small
 CHUNK_LOGITS = 2**25  # logits held at once: 128 MiB in float32
-CHUNK_LOGITS_CUDA = 2**27  # each chunk there adds to the weight's gradient in memory, and small ones are mostly waiting
+CHUNK_LOGITS_CUDA = 2**26  # each chunk there adds to the weight's gradient in memory, and small ones are mostly waiting
 ALIGNED = 64  # on CUDA a product's width is padded to a multiple of this: tensor cores take whole tiles
 
 
@@ -29,7 +29,9 @@ def chunk_loss(product: Tensor, V: int, targets: Tensor, share: Tensor, softcap:
 
     Each step in the memory of the one before, where it can.
     """
+    dtype, padding = product.dtype, product.shape[1] - V
     logits, slope = product[:, :V].float(), None
+    del product  # a copy of it is in memory now
     if softcap is not None:
         logits = torch.tanh(logits / softcap)
         slope = 1 - logits.square()
@@ -41,8 +43,7 @@ def chunk_loss(product: Tensor, V: int, targets: Tensor, share: Tensor, softcap:
     gradient.scatter_add_(1, at, torch.full_like(norm, -1.0)).mul_(share)
     if slope is not None:
         gradient.mul_(slope)
-    padding = product.shape[1] - V
-    return loss, (F.pad(gradient, (0, padding)) if padding else gradient).to(product.dtype)  # F.pad copies even for nothing
+    return loss, (F.pad(gradient, (0, padding)) if padding else gradient).to(dtype)  # F.pad copies even for nothing
 
 
 def fusible_chunk_loss(
@@ -101,8 +102,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             w, padding = weight.to(x.dtype), -V % ALIGNED if device.type == "cuda" else 0
             if padding:  # F.pad copies also where there is nothing to add
                 w = F.pad(w, (0, 0, 0, padding))
-            chunks = -(-len(x) * len(w) // (CHUNK_LOGITS_CUDA if device.type == "cuda" else CHUNK_LOGITS))
-            rows = -(-len(x) // chunks)
+            chunks = max(1, -(-len(x) * len(w) // (CHUNK_LOGITS_CUDA if device.type == "cuda" else CHUNK_LOGITS)))
+            rows = max(1, -(-len(x) // chunks))
             total = torch.zeros((), device=device, dtype=torch.float32)
             grads_x, grad_w = list[Tensor](), torch.empty(0, device=device)
             for part, target, weighs in zip(x.split(rows), targets.split(rows), share.split(rows), strict=True):

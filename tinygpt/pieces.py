@@ -67,11 +67,12 @@ def batches(reader: Reader) -> Iterator[Batch]:
 
 def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
     """Each batch while the next one is being read: what is done with it may wait for a disk."""
+    batch = next(batches, None)  # before it comes all that an earlier process has done: Ctrl-C is not to wait for that
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, batches, None)
-        while batch := coming.result():
+        while batch:
             coming = pool.submit(next, batches, None)
             yield batch
+            batch = coming.result()
 
 
 @dataclass

@@ -134,8 +134,8 @@ def call(target: Callable[..., Any], arguments: dict[str, Any], key: str) -> Any
         raise
     except ModuleNotFoundError as error:
         reason = str(error).strip().partition("\n")[0]
-        extra = next((f"-c constraints.txt -e '.[{name}]'" for name in EXTRAS if name in reason), "it")
-        raise UserError(f"{key} needs a package that is not installed: {reason}", f"pip install {extra}") from error
+        extra = next((f"pip install -c constraints.txt -e '.[{name}]'" for name in EXTRAS if name in reason), None)
+        raise UserError(f"{key} needs a package that is not installed: {reason}", extra or "install it with pip") from error
     except Exception as error:  # whatever a foreign constructor refuses its arguments with
         raise UserError(f"{key}: {' '.join(str(error).split())[:300]}", "check its arguments") from error
 
