@@ -343,6 +343,6 @@ def preparation() -> str:
         f"tokens {ranged(bpe['ratio'], 1, 'median')} times as fast as one thread of plain `tiktoken`, "
         f"{ranged(bpe['ratio_of_processor_time'], 1, 'median')} times in processor time alone; characters at "
         f"{ranged(found['char']['megabytes_per_second'], 0, 'median')} MB/s, ASCII at "
-        f"{ranged(found['char_ascii']['megabytes_per_second'], 0, 'median')} MB/s; {big['megabytes'] / 1000:.1f} GB of text in "
-        f"{big['peak_memory_megabytes']:.0f} MB of memory."
+        f"{ranged(found['char_ascii']['megabytes_per_second'], 0, 'median')} MB/s; "
+        f"{big['megabytes'] / 1000:.1f} GB of text in {big['peak_memory_megabytes']:.0f} MB of memory."
     )
