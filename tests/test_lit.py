@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from tinygpt.batches import BatchOrder
 from tinygpt.checkpoint import load, open_checkpoint
+from tinygpt.compiling import explained
+from tinygpt.config import UserError
 from tinygpt.corpus import cache_dir, data_dir
 from tinygpt.model import GPT
 from tinygpt.optim import learning_rate, make_optimizer
@@ -139,3 +141,14 @@ def test_validation_loss_is_that_of_the_whole_split(tmp_path):
     found = evaluate(model, prepared.val, tokenizer.byte_lengths(), batch_size=3)
     for name in ("loss", "bits_per_byte", "perplexity", "accuracy"):
         assert column(run_dir, f"val/{name}")[-1] == (5, pytest.approx(found[name], rel=1e-5))
+
+
+def test_only_a_compiler_is_blamed_for_what_a_compiler_said():
+    from torch._inductor.exc import InductorError
+
+    with pytest.raises(UserError, match=r"compile=true does not work here: RuntimeError: ptxas has failed$"), explained():
+        raise InductorError(RuntimeError("ptxas has failed\nlog"), None)
+    with pytest.raises(torch.OutOfMemoryError), explained():  # for which run.py has a hint of its own
+        raise InductorError(torch.OutOfMemoryError("full"), None)
+    with pytest.raises(RuntimeError, match="the user's own"), explained():
+        raise RuntimeError("the user's own")

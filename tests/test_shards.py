@@ -21,7 +21,7 @@ from tinygpt import corpus as corpus_module
 from tinygpt import pieces, workspace, writer
 from tinygpt import shards as module
 from tinygpt.config import DataConfig, TokenizerConfig, UserError
-from tinygpt.pieces import first_part, recut
+from tinygpt.pieces import ahead, first_part, recut
 from tinygpt.shards import prepare
 from tinygpt.tokenizer import (
     GPT2_PATTERN,
@@ -445,3 +445,28 @@ def test_an_empty_split_is_empty(tmp_path, cache):
     assert (len(prepared.train), len(prepared.val)) == (0, 1)
     assert ids(prepared.tokens("all")) == [0]
     assert prepared.train.windows(np.array([], dtype=np.int64), 4).shape == (0, 4)
+
+
+def test_what_was_done_before_is_read_again_where_ctrl_c_ends_it_and_the_rest_ahead():
+    """A reader's first batch comes after all that an earlier process has done."""
+    threads = []
+
+    def batches():
+        for name in ("first", "second", "third"):
+            threads.append(threading.get_ident())
+            yield name
+        raise UserError("the text has changed")
+
+    coming = ahead(batches())
+    assert next(coming) == "first"
+    assert threads[0] == threading.get_ident()
+    assert next(coming) == "second"
+    assert threads[1] != threading.get_ident()
+    assert next(coming) == "third"
+    with pytest.raises(UserError, match="has changed"):
+        next(coming)
+    before = threading.active_count()
+    left = ahead(batches())
+    next(left)
+    left.close()  # whoever writes has failed
+    assert threading.active_count() == before
